@@ -1,0 +1,28 @@
+# Each target makes .venv and installs what it needs when it is not there
+PY := .venv/bin/python
+DATA ?=
+
+.PHONY: demo test readme pages bench clean
+
+.venv/ok: settings.ini setup.py pyproject.toml
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: .venv/ok ## train with and without ProgressiveResize; DATA=folder with a folder per class
+	$(PY) benchmarks/demo.py $(if $(DATA),--data "$(DATA)")
+
+test: .venv/ok ## export in sync, pages clean, pages, tests, wheel
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run.sh
+
+readme: .venv/ok ## README.md from nbs/index.ipynb
+	$(PY) tools/readme.py
+
+pages: .venv/ok ## run all pages and save their outputs
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
+
+bench: .venv/ok ## the measurements behind the pages; DATA=folder with a folder per class
+	$(PY) benchmarks/progressive_resize.py $(if $(DATA),--data "$(DATA)")
+
+clean:
+	rm -rf .venv build dist demo *.egg-info

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All checks, with the environment's commands on the PATH. Each says what failed
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONWARNINGS=ignore MPLBACKEND=agg
+
+echo '== export in sync, pages clean, README current'
+before=$(cat nbs/*.ipynb fastai_tricks/*.py README.md | cksum)
+nbdev-export
+nbdev-clean
+python tools/readme.py
+after=$(cat nbs/*.ipynb fastai_tricks/*.py README.md | cksum)
+[ "$before" = "$after" ] || { echo 'nbdev-export, nbdev-clean or tools/readme.py changed files: commit what they made'; git diff --stat; exit 1; }
+
+echo '== pages'
+nbdev-test --n-workers 0 --timing
+
+echo '== tests'
+python -m pytest -q tests

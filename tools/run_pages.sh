@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run every page, or the ones named, and save what its cells show
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- nbs/*.ipynb
+for nb in "$@"; do MPLBACKEND= jupyter nbconvert --to notebook --execute --inplace "$nb"; done
+nbdev-clean
