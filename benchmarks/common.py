@@ -41,11 +41,6 @@ class TrainClock(Callback):
     def after_epoch(self): self.curve.append((self.seconds, *self.recorder.log[1:3], *self.recorder.log[3:-1]))
 
 
-class NoValidation(Callback):
-    "Leave out the validation of every epoch but the last of a fit, which the benchmark does itself"
-    def before_validate(self):
-        from fastai.callback.core import CancelValidException
-        raise CancelValidException()
 
 
 def environment():

@@ -91,7 +91,7 @@ def resize_batch(
         return resize(t) if on_image else t
     return tuple(resize(x) if _is_image(x) else x for x in xb), tuple(map(target, yb))
 
-# %% ../nbs/11_resize.ipynb #8060fc80
+# %% ../nbs/11_resize.ipynb #36bf8ce6
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _in_fine_tune():
@@ -104,7 +104,7 @@ def _is_int(o): return isinstance(o, (int,np.integer)) and not isinstance(o, boo
 def _check(ok, name, val, accepted):
     if not ok: raise ValueError(f'`{name}` must be {accepted}, not {val!r}')
 
-_defaults,_tune_defaults = (.5,.75),(.6,.6) # `start`, `until`: as measured below
+_defaults,_tune_defaults = (.5,.75),(.75,.6) # `start`, `until`: as measured below
 _frozen_cost = 2/3 # A step of frozen layers spares the gradients of their weights: two of three passes
 _modes = ('bilinear','bicubic','area','nearest','nearest-exact')
 
@@ -125,7 +125,7 @@ class ProgressiveResize(Callback):
     _fit = None # What the fit under way derived: full size, small sizes, ...; None outside one
 
     def __init__(self,
-        start:float|int|tuple=None, # First size: a fraction of the full one in (0,1], pixels of the shorter side (`mult` or more), or `(h,w)`; default .5, in `fine_tune` .6
+        start:float|int|tuple=None, # First size: a fraction of the full one in (0,1], pixels of the shorter side (`mult` or more), or `(h,w)`; default .5, in `fine_tune` .75
         until:float=None, # Fraction of training at which full size is reached, in (0,1]; default .75, in `fine_tune` .6
         sizes:list=None, # Rising sizes instead of `start`, pixels of the shorter side or `(h,w)`; full size follows
         mult:int=32, # Sides are multiples of this, pixels

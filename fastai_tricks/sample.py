@@ -15,18 +15,18 @@ import timm
 from fastai.vision.all import *
 from .core import save_whole
 
-# %% ../nbs/01_sample.ipynb #a582acba
+# %% ../nbs/01_sample.ipynb #90a7e7a9
 def sample_images(
     dest:str|Path=None, # Folder to unpack to; default `sample_images` under fastai's configured data path
 )->Path: # Folder with one folder per class
     "Unpack the embedded pictures, once, and return their folder"
     dest = Path(dest) if dest else fastai_cfg().path('data')/'sample_images'
     if (dest/'SOURCE.txt').exists(): return dest
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())): raise ValueError(f'`dest` must be a new or an empty folder, or one that `sample_images` made, not {str(dest)!r}')
     # Unpacked beside and then renamed: a killed run leaves no half of a data set
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent) as tmp, resources.as_file(resources.files('fastai_tricks')/'data'/'sample_images.zip') as z:
         zipfile.ZipFile(z).extractall(Path(tmp)/'images')
-        if dest.exists() and any(dest.iterdir()): raise ValueError(f'`dest` must be a new or an empty folder, or one that `sample_images` made, not {str(dest)!r}')
         try: (Path(tmp)/'images').replace(dest)
         except OSError: # Another process was faster
             if not (dest/'SOURCE.txt').exists(): raise

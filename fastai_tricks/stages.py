@@ -15,7 +15,10 @@ from fastai.vision.all import *
 from .core import is_training, say, save_whole, swapped
 from .resize import ProgressiveResize, image_size, full_share, _check, _is_int, _shorter, _px
 
-# %% ../nbs/12_stages.ipynb #179d533b
+# %% ../nbs/12_stages.ipynb #0d675bc6
+_fits = ('one_cycle','fine_tune')
+_fits_accepted = "'one_cycle', 'fine_tune' or a function of the Learner"
+
 @dataclass
 class Stage:
     "One part of `fit_stages`: so many epochs on images of one size"
@@ -130,10 +133,7 @@ def _refuse_other(file, there, here):
         raise ValueError(f'{str(file)!r} is the checkpoint of a run with other {k}: it has {a}, this Learner {b}. '
                          'Choose another `name`, or delete that file')
 
-# %% ../nbs/12_stages.ipynb #97ffafd7
-_fits = ('one_cycle','fine_tune')
-_fits_accepted = "'one_cycle', 'fine_tune' or a function of the Learner"
-
+# %% ../nbs/12_stages.ipynb #8fa7e545
 class _TrainAt(ProgressiveResize):
     "One size throughout"
     def __init__(self, size): super().__init__(sizes=[size], until=1)
