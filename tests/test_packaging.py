@@ -1,0 +1,85 @@
+"The wheel holds all that the package needs, and says so"
+import configparser, shutil, subprocess, sys, zipfile
+from email.parser import Parser
+from pathlib import Path
+import pytest
+from packaging.requirements import Requirement
+from fastai.vision.core import PILImage
+import fastai_tricks
+from fastai_tricks.sample import sample_images
+if sys.version_info >= (3,11): import tomllib
+else: tomllib = pytest.importorskip('tomli')
+
+ROOT = Path(__file__).resolve().parent.parent
+ZIP = ROOT/'fastai_tricks'/'data'/'sample_images.zip'
+
+def settings():
+    cfg = configparser.ConfigParser()
+    cfg.read(ROOT/'settings.ini')
+    return cfg['DEFAULT']
+
+@pytest.fixture(scope='module')
+def tracked():
+    return subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+@pytest.fixture(scope='module')
+def wheel(tracked, tmp_path_factory):
+    "Built from tracked files only: what is missing there is missing for whoever clones"
+    src = tmp_path_factory.mktemp('src')
+    for f in tracked:
+        if not (ROOT/f).exists(): continue
+        (src/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/f, src/f)
+    r = subprocess.run([sys.executable,'-m','build','--wheel','--no-isolation','-o',str(src/'out')], cwd=src, capture_output=True, text=True)
+    assert r.returncode==0, r.stdout + r.stderr
+    return zipfile.ZipFile(next((src/'out').glob('*.whl')))
+
+@pytest.fixture(scope='module')
+def meta(wheel):
+    return Parser().parsestr(wheel.read(next(n for n in wheel.namelist() if n.endswith('.dist-info/METADATA'))).decode())
+
+def test_all_files_in_wheel(wheel, tracked):
+    files = {f for f in tracked if f.startswith('fastai_tricks/')}
+    assert 'fastai_tricks/data/sample_images.zip' in files
+    assert not files - set(wheel.namelist())
+    assert {n.split('/')[0] for n in wheel.namelist() if '.dist-info/' not in n}=={'fastai_tricks'}
+
+def test_metadata(meta, wheel):
+    cfg = settings()
+    assert (meta['Name'], meta['Version'])==('fastai_tricks', fastai_tricks.__version__)
+    assert meta['Requires-Python'] and meta['License'] and meta['Summary']==cfg['description']
+    assert meta.get_payload().strip()==(ROOT/'README.md').read_text(encoding='utf-8').strip()
+    reqs = list(map(Requirement, meta.get_all('Requires-Dist')))
+    def of(extra): return {(r.name.replace('_','-'), r.specifier) for r in reqs if (r.marker is None)==(extra is None) and (extra is None or r.marker.evaluate({'extra':extra}))}
+    def listed(key): return {(r.name.replace('_','-'), r.specifier) for r in map(Requirement, cfg[key].split())}
+    assert of(None)==listed('requirements')
+    assert set(meta.get_all('Provides-Extra'))=={'albumentations','tpu','distributed','demo','dev'}
+    for e in ('albumentations','tpu','distributed','demo'): assert of(e)==listed(f'{e}_requirements')
+    assert of('dev')==listed('dev_requirements') | listed('demo_requirements')
+    entry = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
+    assert '[nbdev]\nfastai_tricks = fastai_tricks._modidx:d' in entry
+
+def test_one_name_and_all_dynamic_fields_set(meta):
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    assert project['name']==settings()['lib_name']==fastai_tricks.__name__
+    field = {'version':'Version','description':'Summary','license':'License','authors':'Author-email','keywords':'Keywords','classifiers':'Classifier',
+             'dependencies':'Requires-Dist','optional-dependencies':'Provides-Extra','readme':'Description-Content-Type'}
+    # The scripts are none, the entry points are asked for above
+    assert not [d for d in project['dynamic'] if d not in ('scripts','entry-points') and not meta[field[d]]]
+
+def test_sample_images(tmp_path):
+    path = sample_images(tmp_path/'x')
+    files = sorted(path.glob('*/*'))
+    assert (len([d for d in path.iterdir() if d.is_dir()]), len(files))==(36,987)
+    assert min(min(PILImage.create(f).size) for f in files)>=160
+    was = [(f, f.stat().st_mtime_ns) for f in sorted(path.rglob('*'))]
+    assert sample_images(tmp_path/'x')==path
+    assert [(f, f.stat().st_mtime_ns) for f in sorted(path.rglob('*'))]==was
+    assert [p.name for p in tmp_path.iterdir()]==['x']
+
+def test_sample_images_keeps_other_files(tmp_path):
+    (tmp_path/'mine.txt').write_text('mine')
+    with pytest.raises(ValueError, match='dest'): sample_images(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()]==['mine.txt']
+
+def test_zip_is_small(): assert ZIP.stat().st_size<=6_000_000

@@ -1,0 +1,175 @@
+"`ProgressiveResize`: what the model received, in the kinds of data and fit that its page does not show"
+import re
+import numpy as np, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.transforms import ColSplitter, IndexSplitter
+from fastai.layers import AdaptiveAvgPool, ConvLayer
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.torch_core import set_seed, get_random_states
+from fastai.vision.core import PILImage, PILMask, TensorPoint
+from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
+import fastai.callback.fp16, fastai.callback.schedule
+from fastai_tricks.all import ProgressiveResize
+from fastai_tricks.test_utils import tiny_learner, sizes_seen
+
+GROWS = [32,40,48,56,64]
+
+def image(i, h=64, w=64): return PILImage.create(np.random.default_rng(i).integers(0, 255, (h,w,3), dtype=np.uint8))
+def wide(i): return image(i, 64, 96)
+def image2(i): return image(i, 32, 32)
+def mask(i): return PILMask.create(np.random.default_rng(i).integers(0, 2, (64,64), dtype=np.uint8))
+def point(i): return TensorPoint([[16.,48.]])
+def vector(i): return torch.tensor([float(i)])
+def parity(i): return i%2
+
+def loaders(blocks, n=24, **kwargs):
+    return DataBlock(blocks, splitter=IndexSplitter(range(16,n)), **kwargs).dataloaders(list(range(n)), bs=8, num_workers=0, device='cpu')
+
+def trained(seen): return [h for t,h,w in seen if t]
+def distinct(hs): return list(dict.fromkeys(hs))
+
+def fit_sizes(learn, f):
+    "Heights of the training batches; validation is all at full size, no size falls"
+    with sizes_seen(learn) as seen: f(learn)
+    hs = trained(seen)
+    assert {o for o in seen if not o[0]}=={(False,64,64)}
+    assert hs==sorted(hs)
+    return hs
+
+class Received(Callback):
+    "Note what came out of the model, and which targets it is judged by"
+    order,run_valid = 100,False
+    def before_fit(self): self.got = []
+    def before_batch(self): self.got.append(([tuple(x.shape[-2:]) for x in self.xb], self.yb[0].clone()))
+
+# Fits -------------------------------------------------------------------------
+
+def test_fine_tune_never_shrinks():
+    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fine_tune(4, freeze_epochs=2))
+    assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64] and hs[-3:]==[64]*3
+
+@pytest.mark.parametrize('f', [
+    lambda l: l.fit(4), lambda l: l.fit_one_cycle(4), lambda l: l.fit_flat_cos(4), lambda l: l.fit_sgdr(2, 1)],
+    ids=['fit','one_cycle','flat_cos','sgdr'])
+def test_each_fit_grows_to_full(f):
+    assert distinct(fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), f))==GROWS
+
+def test_own_frozen_fit_ends_at_full():
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn.freeze()
+    assert distinct(fit_sizes(learn, lambda l: l.fit_one_cycle(4)))==GROWS
+
+def test_start_epoch_takes_up_the_same_sizes():
+    whole = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fit_one_cycle(4))
+    late = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fit_one_cycle(4, start_epoch=2))
+    assert late==whole[6:] and late[0]>32
+
+def test_to_fp16_without_cuda():
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8)).to_fp16()
+    assert distinct(fit_sizes(learn, lambda l: l.fit_one_cycle(4)))==GROWS
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+# Loaders ----------------------------------------------------------------------
+
+def test_workers():
+    assert distinct(fit_sizes(tiny_learner(num_workers=2, cbs=ProgressiveResize(mult=8)), lambda l: l.fit(4)))==GROWS
+
+@pytest.mark.parametrize('kwargs,sizes', [
+    (dict(mult=16), [(32,48),(48,64),(64,96)]), # 48x72 has no such width: 64 and 80 are as near
+    (dict(start=(32,64), mult=16), [(32,64),(48,80),(64,96)]),
+    (dict(sizes=[(32,96)]), [(32,96),(64,96)])])
+def test_rectangles(kwargs, sizes):
+    learn = tiny_learner(loaders((ImageBlock,CategoryBlock), get_x=wide, get_y=parity), cbs=ProgressiveResize(**kwargs))
+    with sizes_seen(learn) as seen: learn.fit(4)
+    assert distinct([o[1:] for o in seen if o[0]])==sizes
+    assert {o[1:] for o in seen if not o[0]}=={(64,96)}
+
+# Targets ----------------------------------------------------------------------
+
+class PixelLoss:
+    "Cross entropy of maps with one loss an item, as `MixUp` needs it; fails where sizes differ"
+    y_int,reduction = True,'mean'
+    def __call__(self, pred, y):
+        assert pred.shape[-2:]==y.shape[-2:]
+        res = nn.functional.cross_entropy(pred, y.long(), reduction='none').mean((1,2))
+        return res.mean() if self.reduction=='mean' else res
+
+@pytest.mark.parametrize('mixup', [(), ('first',), ('last',)], ids=['alone','mixup_first','mixup_last'])
+def test_masks_follow(mixup):
+    cbs = [ProgressiveResize(mult=8), Received()]
+    if mixup: cbs.insert(0 if mixup==('first',) else 1, MixUp())
+    dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=image, get_y=mask)
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=PixelLoss(), cbs=cbs)
+    assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
+    got = learn.received.got
+    assert all(xs==[tuple(y.shape[-2:])] for xs,y in got)
+    # No class is invented between two
+    assert all(y.dtype==torch.int64 and set(y.unique().tolist())=={0,1} for _,y in got)
+
+def test_masks_with_fastai_loss():
+    dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=image, get_y=mask)
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=ProgressiveResize(mult=8))
+    assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
+
+class TwoInputs(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.head = ConvLayer(3,4,stride=2),nn.Linear(8,2)
+    def forward(self, a, b): return self.head(torch.cat([self.a(o).mean((2,3)) for o in (a,b)], 1))
+
+def test_two_image_inputs_keep_their_ratio():
+    dls = loaders((ImageBlock,ImageBlock,CategoryBlock), n_inp=2, getters=[image,image2,parity])
+    learn = Learner(dls, TwoInputs(), loss_func=CrossEntropyLossFlat(), cbs=[ProgressiveResize(mult=8), Received()])
+    assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
+    assert all(b==(a[0]//2,a[1]//2) for (a,b),_ in learn.received.got)
+
+@pytest.mark.parametrize('pixels', [False,True], ids=['scaled','pixels'])
+def test_points(pixels):
+    block = TransformBlock(type_tfms=TensorPoint.create) if pixels else PointBlock
+    m = nn.Sequential(ConvLayer(3,8,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+    learn = Learner(loaders((ImageBlock,block), get_x=image, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(mult=8), Received()])
+    assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
+    for [(h,w)],y in learn.received.got:
+        expected = torch.tensor([16.*w/64, 48.*h/64] if pixels else [-.5,.5])
+        assert torch.allclose(torch.Tensor(y).reshape(-1,2), expected.expand(8,2))
+
+# Reproducibility --------------------------------------------------------------
+
+def run(cbs):
+    set_seed(42, reproducible=True)
+    learn = tiny_learner(cbs=cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2)
+    return [p.detach().clone() for p in learn.model.state_dict().values()],get_random_states()
+
+def test_no_random_number_used():
+    (w,rng),(w1,rng1),(_,rng2) = run(None),run(ProgressiveResize(start=1.)),run(ProgressiveResize(mult=8))
+    assert all(map(torch.equal, w, w1))
+    for o in (rng1,rng2):
+        assert o['random_state']==rng['random_state'] and torch.equal(o['torch_state'], rng['torch_state'])
+        assert np.array_equal(o['numpy_state'][1], rng['numpy_state'][1]) and o['numpy_state'][2]==rng['numpy_state'][2]
+
+# Bad arguments ----------------------------------------------------------------
+
+def raises(name, val): return pytest.raises(ValueError, match=f'`{name}`.*{re.escape(repr(val))}')
+
+@pytest.mark.parametrize('name,val', [
+    ('start',0), ('start',-.5), ('start',1.5), ('start',16), ('start',(16,64)), ('start',(64,)), ('start','half'), ('start',float('nan')),
+    ('until',0), ('until',1.5), ('until','.5'), ('mult',0), ('mult',.5), ('mode','lanczos'),
+    ('sizes',[96,64]), ('sizes',[64,64]), ('sizes',[]), ('sizes',[0]), ('sizes',48), ('sizes',['48'])])
+def test_bad_argument(name, val):
+    with raises(name, val): ProgressiveResize(**{name:val})
+
+def test_start_and_sizes_exclude_each_other():
+    with raises('start', .5): ProgressiveResize(start=.5, sizes=[32])
+
+@pytest.mark.parametrize('name,val', [('sizes',[96]), ('sizes',[32,96]), ('sizes',[(32,96)]), ('start',96), ('start',(96,96))])
+def test_larger_than_the_images(name, val):
+    learn = tiny_learner(cbs=ProgressiveResize(**{name:val}))
+    with sizes_seen(learn) as seen, raises(name, val): learn.fit(1)
+    assert not seen
+
+def test_no_images():
+    learn = Learner(loaders((TransformBlock,CategoryBlock), get_x=vector, get_y=parity), nn.Linear(1,2), cbs=ProgressiveResize(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='images'), learn.no_bar(): learn.fit(1)
