@@ -37,7 +37,7 @@ class Stage:
         _check(_is_int(self.freeze_epochs) and self.freeze_epochs>=0, 'freeze_epochs', self.freeze_epochs, 'a whole number, 0 or more')
         _check(self.fit is None or self.fit in _fits or callable(self.fit), 'fit', self.fit, _fits_accepted)
 
-# %% ../nbs/12_stages.ipynb #2c8ebc40
+# %% ../nbs/12_stages.ipynb #2f090978
 def _plain(o):
     "Tensors, numbers and containers that `torch.load(weights_only=True)` takes"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -58,6 +58,7 @@ def get_state(
         model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
         random={k:rng[k] for k in ('random_state','numpy_state','torch_state','torch_cuda_state')},
         loaders=[dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')],
+        frozen_idx=learn.opt.frozen_idx, requires_grad=[p.requires_grad for p,*_ in learn.opt.all_params()],
         grads=[p.grad if p.grad is not None and p.grad.any() else p.grad is not None for p,*_ in learn.opt.all_params()],
         smooth_loss=[learn.recorder.smooth_loss.count, learn.recorder.smooth_loss.val],
         callbacks={cb.name:{k:v for k,v in vars(cb).items() if k in _cb_state} for cb in learn.cbs}))
@@ -75,6 +76,8 @@ def set_state(
     set_random_states(**{**get_random_states(), **r, 'numpy_state':(alg,np.array(keys, dtype=np.uint32),*rest)})
     for dl,s in zip([dl for dl in learn.dls.loaders if hasattr(dl, 'rng')], state['loaders']): dl.rng.setstate(s)
     learn.recorder.smooth_loss.count,learn.recorder.smooth_loss.val = state['smooth_loss']
+    learn.opt.frozen_idx = state['frozen_idx']
+    for (p,*_),rg in zip(learn.opt.all_params(), state['requires_grad']): p.requires_grad_(rg)
     # A gradient of zeros is not none: fastai's optimiser steps the one and not the other
     for (p,*_),g in zip(learn.opt.all_params(), state['grads']): p.grad = g if isinstance(g, Tensor) else torch.zeros_like(p) if g else None
     for cb in learn.cbs: vars(cb).update(state['callbacks'].get(cb.name, {}))
@@ -114,15 +117,16 @@ class _LogEpochs(Callback):
         if s.n>=s.done: s.log.append(_plain(list(self.recorder.values[-1])))
         s.n += 1
 
-# %% ../nbs/12_stages.ipynb #be580724
+# %% ../nbs/12_stages.ipynb #6f927b54
 def _belongs_to(learn, stages):
     "What must be the same for a checkpoint to be taken up"
     opt = learn.opt.opt if isinstance(learn.opt, OptimWrapper) else learn.opt
-    steps = [getattr(cb, '__name__', str(cb)) for cb in getattr(opt, 'cbs', [])]
+    def name(o): return getattr(getattr(o, 'func', o), '__qualname__', o) # A function or a partial prints with its address
+    steps = [name(cb) for cb in getattr(opt, 'cbs', [])]
     return dict(
         architecture=[[k, list(v.shape)] for k,v in get_model(learn.model).state_dict().items()],
         optimizer=[type(opt).__name__, *steps, f'{len(learn.opt.hypers)} parameter groups'],
-        stages=[[f'{k}={v}' for k,v in asdict(s).items()] for s in stages],
+        stages=[[f'{k}={name(v)}' for k,v in asdict(s).items()] for s in stages],
         data=[f'{len(dl.dataset)} items' for dl in learn.dls.loaders if hasattr(dl, 'dataset')])
 
 def _refuse_other(file, there, here):

@@ -9,7 +9,7 @@ from fastai.data.transforms import ColSplitter, IndexSplitter
 from fastai.layers import AdaptiveAvgPool, ConvLayer
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.torch_core import set_seed, get_random_states
+from fastai.torch_core import set_seed, get_random_states, trainable_params
 from fastai.vision.core import PILImage, PILMask, TensorPoint
 from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 import fastai.callback.fp16, fastai.callback.schedule
@@ -57,6 +57,17 @@ def test_fine_tune_never_shrinks():
     ids=['fit','one_cycle','flat_cos','sgdr'])
 def test_each_fit_grows_to_full(f):
     assert distinct(fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), f))==GROWS
+
+def test_fine_tune_without_parameter_groups():
+    "Nothing can be frozen, so the optimiser does not tell the first part from the second"
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn.splitter = trainable_params
+    hs = fit_sizes(learn, lambda l: l.fine_tune(4, freeze_epochs=2))
+    assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64]
+
+def test_fine_tune_without_frozen_epochs():
+    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fine_tune(4, freeze_epochs=0))
+    assert distinct(hs)==[48,56,64]
 
 def test_own_frozen_fit_ends_at_full():
     learn = tiny_learner(cbs=ProgressiveResize(mult=8))

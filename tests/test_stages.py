@@ -1,15 +1,17 @@
 "`fit_stages`: killed anywhere and run again, it ends with the weights of a run that was not"
 import random, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import load_model
+from fastai.optimizer import OptimWrapper
+from fastai.vision.augment import RandomResizedCrop, aug_transforms
 from fastai_tricks.resize import ProgressiveResize
 from fastai_tricks.stages import Stage
-from fastai_tricks.test_utils import sizes_seen
+from fastai_tricks.test_utils import tiny_dls, sizes_seen
 from stages_run import STAGES, make_learner
 
 SCRIPT = Path(__file__).with_name('stages_run.py')
@@ -119,6 +121,80 @@ def test_resume_false_starts_anew(whole, tmp_path):
     learn = make_learner(tmp_path)
     _,seen = fit(learn, resume=False)
     assert len(trained(seen))==30 and same(weights(learn), weights(whole[1]))
+
+@pytest.mark.parametrize('n', [5,10,20,29])
+def test_rerun_with_the_same_learner(n, whole, tmp_path):
+    "After Ctrl-C in a notebook the Learner at hand is used again"
+    learn = killed(tmp_path, n)
+    fit(learn)
+    assert same(weights(learn), weights(whole[1]))
+
+@pytest.mark.parametrize('n', [5,10,20,29])
+def test_learner_frozen_at_first(n, tmp_path):
+    "`vision_learner` gives a frozen one; its stage after `fine_tune` is not, also in a run that begins with that stage"
+    def make(folder, **kwargs):
+        learn = make_learner(folder, **kwargs)
+        learn.freeze()
+        return learn
+    learn = make(tmp_path/'whole')
+    fit(learn)
+    killed(tmp_path, n, make=make)
+    again = make(tmp_path, seed=7)
+    fit(again)
+    assert same(weights(again), weights(learn))
+
+def with_torch_optimizer(folder, **kwargs):
+    learn = make_learner(folder, **kwargs)
+    learn.opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)
+    return learn
+
+def with_workers(folder, **kwargs):
+    learn = make_learner(folder, **kwargs)
+    learn.dls = tiny_dls(num_workers=2, item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms(size=64))
+    return learn
+
+@pytest.mark.parametrize('n', [10,29])
+@pytest.mark.parametrize('make', [with_torch_optimizer, with_workers])
+def test_other_learners(make, n, tmp_path):
+    learn = make(tmp_path/'whole')
+    fit(learn)
+    killed(tmp_path, n, make=make)
+    again = make(tmp_path, seed=7)
+    fit(again)
+    assert same(weights(again), weights(learn))
+
+def test_progressive_resize_passed_along(tmp_path):
+    "The stages say the size, as with one that was added to the Learner"
+    _,seen = fit(make_learner(tmp_path), cbs=ProgressiveResize(mult=8))
+    assert trained(seen)==[32]*6 + [48]*18 + [64]*6
+
+def twice(learn):
+    learn.fit(2, 1e-3)
+    learn.fit(2, 1e-2)
+
+@pytest.mark.parametrize('n', [5,8,11])
+def test_own_function_of_two_fits(n, tmp_path):
+    stages = [Stage(48,4,fit=twice)]
+    learn = make_learner(tmp_path/'whole')
+    df,_ = fit(learn, stages)
+    assert df['epochs'].tolist()==[4]
+    killed(tmp_path, n, stages)
+    again = make_learner(tmp_path, seed=7)
+    fit(again, stages)
+    assert same(weights(again), weights(learn))
+
+@pytest.mark.parametrize('n', [5,8,14])
+def test_early_stopping(n, tmp_path):
+    "No metric gets better by 10: each stage stops after 3 epochs"
+    def stop(): return EarlyStoppingCallback(monitor='accuracy', min_delta=10, patience=2)
+    stages = [Stage(32,5), Stage(48,5)]
+    learn = make_learner(tmp_path/'whole')
+    df,_ = fit(learn, stages, cbs=stop())
+    killed(tmp_path, n, stages, cbs=stop())
+    again = make_learner(tmp_path, seed=7)
+    df1,_ = fit(again, stages, cbs=stop())
+    assert df1['epochs'].tolist()==df['epochs'].tolist() and max(df['epochs'])<5
+    assert same(weights(again), weights(learn))
 
 @pytest.mark.parametrize('n', [3,5,9,12,19,28])
 def test_mixup_and_accumulation(n, tmp_path):
