@@ -91,20 +91,24 @@ def resize_batch(
         return resize(t) if on_image else t
     return tuple(resize(x) if _is_image(x) else x for x in xb), tuple(map(target, yb))
 
-# %% ../nbs/11_resize.ipynb #36bf8ce6
+# %% ../nbs/11_resize.ipynb #1e33cf34
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
-def _in_fine_tune():
-    "Does `Learner.fine_tune` run us? Its frozen part is then followed by one that grows; a frozen fit of the user's own is not"
-    f = sys._getframe(1)
-    while f and f.f_code is not Learner.fine_tune.__code__: f = f.f_back
-    return f is not None
+def _fine_tune_part(opt):
+    "'frozen' or 'unfrozen' where `Learner.fine_tune` runs us, else None: a frozen fit of the user's own has no growing one after it"
+    f,pct_start = sys._getframe(1),None
+    while f and f.f_code is not Learner.fine_tune.__code__:
+        if f.f_code is Learner.fit_one_cycle.__code__: pct_start = f.f_locals['pct_start']
+        f = f.f_back
+    if f is None: return None
+    # A model of one parameter group cannot freeze: there the first part is known by its schedule alone
+    return 'frozen' if opt.frozen_idx>0 or (len(opt.param_lists)==1 and pct_start==.99) else 'unfrozen'
 
 def _is_int(o): return isinstance(o, (int,np.integer)) and not isinstance(o, bool)
 def _check(ok, name, val, accepted):
     if not ok: raise ValueError(f'`{name}` must be {accepted}, not {val!r}')
 
-_defaults,_tune_defaults = (.5,.75),(.75,.6) # `start`, `until`: as measured below
+_defaults,_tune_defaults = (.5,.75),(.75,.6) # `start`, `until`
 _frozen_cost = 2/3 # A step of frozen layers spares the gradients of their weights: two of three passes
 _modes = ('bilinear','bicubic','area','nearest','nearest-exact')
 
@@ -165,12 +169,11 @@ class ProgressiveResize(Callback):
         self._fit = None
         if not is_training(self.learn): return
         full = image_size(self.learn)
-        tuning = _in_fine_tune()
-        frozen = tuning and self.opt.frozen_idx>0
+        part = _fine_tune_part(self.opt)
         # Without `PointScaler` points and boxes stay in pixels
         fs = getattr(getattr(self.dls.train, 'after_item', None), 'fs', [])
         pixel_points = not any(isinstance(f, PointScaler) and f.do_scale for f in fs)
-        self._fit = SimpleNamespace(full=full, tuning=tuning, frozen=frozen, pixel_points=pixel_points)
+        self._fit = SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', pixel_points=pixel_points)
         if line := self._line(): say(self.learn, line)
 
     def before_batch(self):

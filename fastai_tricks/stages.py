@@ -137,7 +137,7 @@ def _refuse_other(file, there, here):
         raise ValueError(f'{str(file)!r} is the checkpoint of a run with other {k}: it has {a}, this Learner {b}. '
                          'Choose another `name`, or delete that file')
 
-# %% ../nbs/12_stages.ipynb #8fa7e545
+# %% ../nbs/12_stages.ipynb #6f2b3ead
 class _TrainAt(ProgressiveResize):
     "One size throughout"
     def __init__(self, size): super().__init__(sizes=[size], until=1)
@@ -203,14 +203,14 @@ def fit_stages(self:Learner,
 
     rows = at['rows']
     def save(**kwargs): save_whole(dict(belongs_to=belongs, rows=rows, state=get_state(self), **kwargs), file)
-    # The stages say the size: a `ProgressiveResize` of the Learner's has to wait
+    # The stages say the size: any `ProgressiveResize` has to wait
     with swapped(self, 'cbs', self.cbs.filter(risinstance(ProgressiveResize), negate=True)):
         for i in range(at['stage'], len(stages)):
             s,now = stages[i],at if i==at['stage'] else {}
             log,began = now.get('log', []),time.time() - now.get('seconds', 0)
             say(self, f'Stage {i+1}/{len(stages)}: {_line(s, full, self.dls.train)}')
             saver = _SaveEpochs(lambda learn, log: save(stage=i, log=log, seconds=time.time()-began), now['state'] if log else None, log)
-            with swapped(self.dls.train, 'bs', s.bs or self.dls.train.bs), self.added_cbs([_TrainAt(s.size), saver, _LogEpochs(saver), *L(cbs)]):
+            with swapped(self.dls.train, 'bs', s.bs or self.dls.train.bs), self.added_cbs([_TrainAt(s.size), saver, _LogEpochs(saver), *L(cbs).filter(risinstance(ProgressiveResize), negate=True)]):
                 _fit_stage(self, s)
             weights = save_whole(get_model(self.model).state_dict(), folder/f'{name}-{i+1}-{_px(_hw(s.size, full))}px.pth')
             rows.append({'size':_px(_hw(s.size, full)), 'epochs':len(saver.log), 'seconds':round(time.time()-began, 1),
