@@ -21,8 +21,8 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurements behind the pages; DATA=folder with a folder per class
-	$(PY) benchmarks/progressive_resize.py $(if $(DATA),--data "$(DATA)")
+bench: .venv/ok ## the measurement in the README, about half an hour; DATA=folder with a folder per class
+	$(PY) benchmarks/progressive_resize.py --regime scratch $(if $(DATA),--data "$(DATA)")
 
 clean:
 	rm -rf .venv build dist demo *.egg-info
