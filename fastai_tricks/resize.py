@@ -7,14 +7,17 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/resize.html.md"""
 # %% auto #0
 __all__ = ['small_sizes', 'size_at', 'full_share', 'resize_batch', 'image_size', 'ProgressiveResize']
 
-# %% ../nbs/11_resize.ipynb #a7f25012
+# %% ../nbs/11_resize.ipynb #e00e6e21
 import math, sys
+from copy import copy
+from functools import partial
+from itertools import count
 from numbers import Real
 from types import SimpleNamespace
 import pandas as pd
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
-from .core import is_training, say, peek
+from .core import is_training, say, peek, swapped
 
 # %% ../nbs/11_resize.ipynb #a6124511
 def _up(px, mult): return mult*math.ceil(px/mult - 1e-9)
@@ -91,7 +94,41 @@ def resize_batch(
         return resize(t) if on_image else t
     return tuple(resize(x) if _is_image(x) else x for x in xb), tuple(map(target, yb))
 
-# %% ../nbs/11_resize.ipynb #1e33cf34
+# %% ../nbs/11_resize.ipynb #86e8fe9c
+_any_size = (IntToFloatTensor, AffineCoordTfm, SpaceTfm, RandomErasing, Normalize) # fastai's own, where they have no `size`
+
+def _small_first(dl):
+    "Can a batch of `dl` be made small before its batch transforms?"
+    fs = getattr(getattr(dl, 'after_batch', None), 'fs', None) # None: a PyTorch loader, or one that wraps another
+    return fs is not None and all(isinstance(f, _any_size) and getattr(f, 'size', None) is None for f in fs)
+
+class _Shrink:
+    "`f(xb, yb)` as a batch transform"
+    name = 'shrink'
+    def __init__(self, f, n_inp): self.f,self.n_inp = f,n_inp
+    def __call__(self, b, split_idx=None):
+        xb,yb = self.f(b[:self.n_inp], b[self.n_inp:])
+        return (*xb, *yb)
+    # A worker that is spawned gets a copy of the loader, and must not get all of the Learner: batch transforms run in the main process
+    def __reduce__(self): return _Shrink, (noop, self.n_inp)
+
+class _SmallFirst(GetAttr):
+    "The loader `dl`, its batch `i` made small by `f(i, xb, yb)` before the batch transforms, after `IntToFloatTensor`"
+    _default = 'dl'
+    def __init__(self, dl, f, n_inp): store_attr()
+    def __len__(self): return len(self.dl)
+    def __iter__(self):
+        it,own = iter(self.dl),self.dl.after_batch
+        n = 1 + max([i for i,f in enumerate(own.fs) if isinstance(f, IntToFloatTensor)], default=-1)
+        for i in count():
+            small = copy(own)
+            small.fs = L(*own.fs[:n], _Shrink(partial(self.f, i), self.n_inp), *own.fs[n:])
+            with swapped(self.dl, 'after_batch', small):
+                try: b = next(it)
+                except StopIteration: return
+            yield b
+
+# %% ../nbs/11_resize.ipynb #bd5c0833
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _fine_tune_part(opt):
@@ -176,15 +213,21 @@ class ProgressiveResize(Callback):
         self._fit = SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', pixel_points=pixel_points)
         if line := self._line(): say(self.learn, line)
 
-    def before_batch(self):
-        "Replace the images `(bs,c,h,w)` and the targets that lie on them with smaller ones"
-        if self._fit is None: return
-        full = next(tuple(x.shape[-2:]) for x in self.xb if _is_image(x))
+    def _smaller(self, i, xb, yb):
+        "The images `(bs,c,h,w)` of batch `i`, and the targets that lie on them, at the size of the moment"
+        full = next(tuple(x.shape[-2:]) for x in xb if _is_image(x))
         sizes,until = self.schedule(full, self._fit.tuning)
         # Not `pct_train`: a sum of many fractions, a little off at the borders
-        pct = 0 if self._fit.frozen else (self.epoch + self.iter/self.n_iter)/self.n_epoch
+        pct = 0 if self._fit.frozen else (self.epoch + i/self.n_iter)/self.n_epoch
         size = size_at(pct, sizes, full, until)
-        if size!=full: self.learn.xb,self.learn.yb = resize_batch(self.xb, self.yb, size, self.mode, self.antialias, self._fit.pixel_points)
+        return resize_batch(xb, yb, size, self.mode, self.antialias, self._fit.pixel_points)
+
+    def before_train(self):
+        if self._fit is not None and _small_first(self.dl): self.learn.dl = _SmallFirst(self.dl, self._smaller, self.dls.n_inp)
+
+    def before_batch(self):
+        if self._fit is None or isinstance(self.dl, _SmallFirst): return
+        self.learn.xb,self.learn.yb = self._smaller(self.iter, self.xb, self.yb)
 
     def after_fit(self): self._fit = None
 

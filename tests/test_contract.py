@@ -6,6 +6,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelEpochExcept
 from fastai.callback.mixup import MixUp, CutMix
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
+from fastai.vision.augment import Flip
 import fastai.callback.schedule, fastai.learner
 import fastai_tricks.all as ft
 from fastai_tricks.test_utils import tiny_learner, sizes_seen
@@ -28,7 +29,7 @@ class Boom(Callback):
         if self.iter==1: raise self.ex('boom')
 
 def make(names, path):
-    learn = tiny_learner(cbs=[MAKE[n]() for n in names])
+    learn = tiny_learner(cbs=[MAKE[n]() for n in names], batch_tfms=Flip())
     learn.path = path # `lr_find` and `export` write files
     return learn
 

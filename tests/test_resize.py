@@ -13,10 +13,16 @@ from fastai.torch_core import set_seed, get_random_states, trainable_params
 from fastai.vision.core import PILImage, PILMask, TensorPoint
 from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 import fastai.callback.fp16, fastai.callback.schedule
+import fastai_tricks.resize
 from fastai_tricks.all import ProgressiveResize
 from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 GROWS = [32,40,48,56,64]
+
+@pytest.fixture(params=['before batch transforms','after'], autouse=True)
+def where(request, monkeypatch):
+    "All of this file holds for both places at which a batch is made small"
+    if request.param=='after': monkeypatch.setattr(fastai_tricks.resize, '_small_first', lambda dl: False)
 
 def image(i, h=64, w=64): return PILImage.create(np.random.default_rng(i).integers(0, 255, (h,w,3), dtype=np.uint8))
 def wide(i): return image(i, 64, 96)
