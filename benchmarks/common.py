@@ -41,8 +41,6 @@ class TrainClock(Callback):
     def after_epoch(self): self.curve.append((self.seconds, *self.recorder.log[1:3], *self.recorder.log[3:-1]))
 
 
-
-
 def environment():
     "Hardware and versions, for the JSON of results"
     cpu = platform.processor()
@@ -55,6 +53,6 @@ def environment():
 def write_results(file, results):
     "A JSON, whole or not at all"
     file = Path(file)
-    tmp = file.with_suffix('.tmp')
+    tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
     tmp.write_text(json.dumps(results, indent=1) + '\n')
     os.replace(tmp, file)
