@@ -57,7 +57,7 @@ def full_share(
     if not sizes: return 1.
     return until*sum(h*w for h,w in sizes)/len(sizes)/(full[0]*full[1]) + 1-until
 
-# %% ../nbs/11_resize.ipynb #37e91556
+# %% ../nbs/11_resize.ipynb #9844d90f
 def _is_image(t): return isinstance(t, TensorImageBase) or (isinstance(t, Tensor) and t.ndim==4)
 
 def _nearest(t, size):
@@ -71,7 +71,10 @@ def _resize_image(t, size, mode, antialias):
     aa = antialias and mode in ('bilinear','bicubic')
     return F.interpolate(t, size=size, mode=mode, antialias=aa)
 
+_points = (TensorPoint,TensorBBox)
 def _full(xb): return next(tuple(x.shape[-2:]) for x in xb if _is_image(x))
+
+def _on_image(t, full): return isinstance(t, TensorImageBase) or (isinstance(t, Tensor) and t.ndim>2 and tuple(t.shape[-2:])==full)
 
 def _map_images(f, points, xb, yb, size):
     "`f(t, hw)` of all images of a batch, where the first one becomes `size`; `points(t)` of points and boxes"
@@ -79,9 +82,8 @@ def _map_images(f, points, xb, yb, size):
     # A second input or a map at another stride keeps its ratio to the first image
     def image(t): return f(t, tuple(max(1, round(o*s/f)) for o,s,f in zip(t.shape[-2:], size, full)))
     def target(t):
-        if isinstance(t, (TensorPoint,TensorBBox)): return points(t)
-        on_image = isinstance(t, TensorImageBase) or (isinstance(t, Tensor) and t.ndim>2 and tuple(t.shape[-2:])==full)
-        return image(t) if on_image else t
+        if isinstance(t, _points): return points(t)
+        return image(t) if _on_image(t, full) else t
     return tuple(image(x) if _is_image(x) else x for x in xb), tuple(map(target, yb))
 
 def resize_batch(
@@ -100,7 +102,7 @@ def resize_batch(
         return t*(xy.repeat(2) if isinstance(t, TensorBBox) else xy)
     return _map_images(lambda t,hw: _resize_image(t, hw, mode, antialias), points, xb, yb, size)
 
-# %% ../nbs/11_resize.ipynb #aa005755
+# %% ../nbs/11_resize.ipynb #475a9d65
 def crop_batch(
     xb:tuple, # Inputs: each `(bs,c,h,w)` is an image
     yb:tuple, # Targets: images and masks are cut with it; not points or boxes
@@ -115,7 +117,12 @@ def crop_batch(
         return torch.stack([o[..., y:y+h, x:x+w] for o,y,x in zip(t, ys, xs)])
     return _map_images(cut, points, xb, yb, size)
 
-# %% ../nbs/11_resize.ipynb #86e8fe9c
+def _holds_for_a_part(y, full):
+    "Is target `y` of an image of size `full` true for a part of it? Categories and masks are; not points, boxes or a number, such as a count"
+    if isinstance(y, _points): return False
+    return isinstance(y, TensorCategory) or _on_image(y, full) or not (isinstance(y, Tensor) and y.is_floating_point())
+
+# %% ../nbs/11_resize.ipynb #c0a73d69
 _any_size = (IntToFloatTensor, AffineCoordTfm, SpaceTfm, RandomErasing, Normalize) # fastai's own, where they have no `size`
 
 def _small_first(dl):
@@ -123,33 +130,38 @@ def _small_first(dl):
     fs = getattr(getattr(dl, 'after_batch', None), 'fs', None) # None: a PyTorch loader, or one that wraps another
     return fs is not None and all(isinstance(f, _any_size) and getattr(f, 'size', None) is None for f in fs)
 
+def _split(dls, b):
+    "`(xb,yb)` of a batch, as `Learner` splits it"
+    n_inp = getattr(dls, 'n_inp', max(1, len(b)-1))
+    return b[:n_inp],b[n_inp:]
+
 class _Shrink:
     "`f(xb, yb)` as a batch transform"
     name = 'shrink'
-    def __init__(self, f, n_inp): self.f,self.n_inp = f,n_inp
+    def __init__(self, f, dls): self.f,self.dls = f,dls
     def __call__(self, b, split_idx=None):
-        xb,yb = self.f(b[:self.n_inp], b[self.n_inp:])
+        xb,yb = self.f(*_split(self.dls, b))
         return (*xb, *yb)
     # A worker that is spawned gets a copy of the loader, and must not get all of the Learner: batch transforms run in the main process
-    def __reduce__(self): return _Shrink, (noop, self.n_inp)
+    def __reduce__(self): return _Shrink, (noop, None)
 
 class _SmallFirst(GetAttr):
     "The loader `dl`, its batch `i` made small by `f(i, xb, yb)` before the batch transforms, after `IntToFloatTensor`"
     _default = 'dl'
-    def __init__(self, dl, f, n_inp): store_attr()
+    def __init__(self, dl, f, dls): self.dl,self.f,self.dls = dl,f,dls
     def __len__(self): return len(self.dl)
     def __iter__(self):
         it,own = iter(self.dl),self.dl.after_batch
         n = 1 + max([i for i,f in enumerate(own.fs) if isinstance(f, IntToFloatTensor)], default=-1)
         for i in count():
             small = copy(own)
-            small.fs = L(*own.fs[:n], _Shrink(partial(self.f, i), self.n_inp), *own.fs[n:])
+            small.fs = L(*own.fs[:n], _Shrink(partial(self.f, i), self.dls), *own.fs[n:])
             with swapped(self.dl, 'after_batch', small):
                 try: b = next(it)
                 except StopIteration: return
             yield b
 
-# %% ../nbs/11_resize.ipynb #e471f45a
+# %% ../nbs/11_resize.ipynb #f9fe5e34
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _fine_tune_part(opt):
@@ -172,10 +184,9 @@ _modes = ('bilinear','bicubic','area','nearest','nearest-exact')
 
 def _look(learn):
     "`(xb,yb)` of one training image"
-    b = peek(learn.dls.train)
-    n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))
-    if not any(map(_is_image, b[:n_inp])): raise ValueError(f'an input of images `(bs,c,h,w)` is needed, not {[getattr(x, "shape", x) for x in b[:n_inp]]}')
-    return b[:n_inp],b[n_inp:]
+    xb,yb = _split(learn.dls, peek(learn.dls.train))
+    if not any(map(_is_image, xb)): raise ValueError(f'an input of images `(bs,c,h,w)` is needed, not {[getattr(x, "shape", x) for x in xb]}')
+    return xb,yb
 
 def image_size(
     learn:Learner, # Its training loader is looked at, no random state advanced
@@ -193,7 +204,7 @@ class ProgressiveResize(Callback):
         start:float|int|tuple=None, # First size: a fraction of the full one in (0,1], pixels of the shorter side (`mult` or more), or `(h,w)`; default .5, in `fine_tune` .75
         until:float=None, # Fraction of training at which full size is reached, in (0,1]; default .75, in `fine_tune` .8
         sizes:list=None, # Rising sizes instead of `start`, pixels of the shorter side or `(h,w)`; full size follows
-        crop:bool=None, # Cut a random part instead of shrinking the whole; default: in `fine_tune`, unless targets are points or boxes
+        crop:bool=None, # Cut a random part instead of shrinking the whole; default: in `fine_tune`, where targets are categories or masks
         mult:int=32, # Sides are multiples of this, pixels
         mode:str='bilinear', # Interpolation: 'bilinear', 'bicubic', 'area', 'nearest' or 'nearest-exact'
         antialias:bool=True, # Filter before shrinking (bilinear and bicubic)
@@ -233,13 +244,13 @@ class ProgressiveResize(Callback):
         if not is_training(self.learn): return
         xb,yb = _look(self.learn)
         part = _fine_tune_part(self.opt)
-        points = any(isinstance(y, (TensorPoint,TensorBBox)) for y in yb)
-        _check(not (self.crop and points), 'crop', self.crop, 'False or None where targets are points or boxes')
-        crop = (_tune_defaults if part else _defaults)[2] and not points if self.crop is None else self.crop
+        full = _full(xb)
+        _check(not (self.crop and any(isinstance(y, _points) for y in yb)), 'crop', self.crop, 'False or None where targets are points or boxes')
+        crop = (_tune_defaults if part else _defaults)[2] and all(_holds_for_a_part(y, full) for y in yb) if self.crop is None else self.crop
         # Without `PointScaler` points and boxes stay in pixels
         fs = getattr(getattr(self.dls.train, 'after_item', None), 'fs', [])
         pixel_points = not any(isinstance(f, PointScaler) and f.do_scale for f in fs)
-        self._fit = SimpleNamespace(full=_full(xb), tuning=part is not None, frozen=part=='frozen', crop=crop, pixel_points=pixel_points)
+        self._fit = SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', crop=crop, pixel_points=pixel_points)
         if line := self._line(): say(self.learn, line)
 
     def _smaller(self, i, xb, yb):
@@ -254,7 +265,7 @@ class ProgressiveResize(Callback):
         return resize_batch(xb, yb, size, self.mode, self.antialias, self._fit.pixel_points)
 
     def before_train(self):
-        if self._fit is not None and _small_first(self.dl): self.learn.dl = _SmallFirst(self.dl, self._smaller, self.dls.n_inp)
+        if self._fit is not None and _small_first(self.dl): self.learn.dl = _SmallFirst(self.dl, self._smaller, self.dls)
 
     def before_batch(self):
         if self._fit is None or isinstance(self.dl, _SmallFirst): return

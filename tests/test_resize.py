@@ -56,7 +56,7 @@ class Received(Callback):
 
 def test_fine_tune_never_shrinks():
     hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fine_tune(4, freeze_epochs=2))
-    assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64] and hs[-3:]==[64]*3
+    assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64] and hs[-2:]==[64]*2
 
 @pytest.mark.parametrize('f', [
     lambda l: l.fit(4), lambda l: l.fit_one_cycle(4), lambda l: l.fit_flat_cos(4), lambda l: l.fit_sgdr(2, 1)],
@@ -152,6 +152,52 @@ def test_points(pixels):
         expected = torch.tensor([16.*w/64, 48.*h/64] if pixels else [-.5,.5])
         assert torch.allclose(torch.Tensor(y).reshape(-1,2), expected.expand(8,2))
 
+# Cutting ----------------------------------------------------------------------
+
+def ramp(i):
+    "Red is the row, green the column: a part cut out still counts by ones, a shrunk one by more"
+    y,x = np.mgrid[:64,:64].astype(np.uint8)
+    return PILImage.create(np.stack([y,x,0*y], -1))
+def ramp_mask(i): return PILMask.create(np.array(ramp(i))[...,0]%2)
+
+class Steps(Callback):
+    "From one row and column to the next, and the first of each, of what the model receives"
+    order,run_valid = 100,False
+    def before_fit(self): self.got = []
+    def before_batch(self):
+        x = torch.Tensor(self.x)*255
+        self.got.append((x.shape[-1], x[:,0].diff(dim=1).mean().item(), x[:,1].diff(dim=2).mean().item(), x[:,:2,0,0].round().tolist()))
+
+@pytest.mark.parametrize('crop,f,cut', [
+    (None, lambda l: l.fine_tune(4, freeze_epochs=1), True), (None, lambda l: l.fit(4), False),
+    (False, lambda l: l.fine_tune(4, freeze_epochs=1), False), (True, lambda l: l.fit(4), True)],
+    ids=['fine_tune','fit','fine_tune_shrunk','fit_cut'])
+def test_cut_or_shrunk(crop, f, cut):
+    learn = tiny_learner(loaders((ImageBlock,CategoryBlock), get_x=ramp, get_y=parity), cbs=[ProgressiveResize(mult=8, crop=crop), Steps()])
+    fit_sizes(learn, f)
+    small = [o for o in learn.steps.got if o[0]<64]
+    assert small
+    for size,rows,cols,first in small:
+        assert rows==pytest.approx(1 if cut else 64/size, rel=.05) and cols==pytest.approx(1 if cut else 64/size, rel=.05)
+        if cut: assert len(set(map(tuple, first)))>1 and all(0<=o<=64-size for yx in first for o in yx)
+
+def test_masks_are_cut_with_the_image():
+    dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=ramp, get_y=ramp_mask)
+    class Same(Callback):
+        order,run_valid = 100,False
+        def before_batch(self): assert torch.equal(torch.Tensor(self.x[:,0]*255).round()%2, torch.Tensor(self.y.float()))
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=[ProgressiveResize(mult=8, crop=True), Same()])
+    assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
+
+def test_points_are_not_cut():
+    m = nn.Sequential(ConvLayer(3,8,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+    learn = Learner(loaders((ImageBlock,PointBlock), get_x=ramp, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(mult=8), Steps()])
+    fit_sizes(learn, lambda l: l.fine_tune(2))
+    assert all(rows==pytest.approx(64/size, rel=.05) for size,rows,*_ in learn.steps.got)
+    learn.remove_cb(learn.progressive_resize)
+    with sizes_seen(learn) as seen, raises('crop', True): learn.fit(1, cbs=ProgressiveResize(crop=True))
+    assert not seen
+
 # Reproducibility --------------------------------------------------------------
 
 def run(cbs):
@@ -160,7 +206,7 @@ def run(cbs):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2)
     return [p.detach().clone() for p in learn.model.state_dict().values()],get_random_states()
 
-def test_no_random_number_used():
+def test_shrinking_uses_no_random_number():
     (w,rng),(w1,rng1),(_,rng2) = run(None),run(ProgressiveResize(start=1.)),run(ProgressiveResize(mult=8))
     assert all(map(torch.equal, w, w1))
     for o in (rng1,rng2):
@@ -173,7 +219,7 @@ def raises(name, val): return pytest.raises(ValueError, match=f'`{name}`.*{re.es
 
 @pytest.mark.parametrize('name,val', [
     ('start',0), ('start',-.5), ('start',1.5), ('start',16), ('start',(16,64)), ('start',(64,)), ('start','half'), ('start',float('nan')),
-    ('until',0), ('until',1.5), ('until','.5'), ('mult',0), ('mult',.5), ('mode','lanczos'),
+    ('until',0), ('until',1.5), ('until','.5'), ('mult',0), ('mult',.5), ('crop','yes'), ('mode','lanczos'),
     ('sizes',[96,64]), ('sizes',[64,64]), ('sizes',[]), ('sizes',[0]), ('sizes',48), ('sizes',['48'])])
 def test_bad_argument(name, val):
     with raises(name, val): ProgressiveResize(**{name:val})
