@@ -1,15 +1,16 @@
 """What ProgressiveResize is worth: seconds of training and final accuracy, against plain fastai and the usual schedule
 
-    python benchmarks/progressive_resize.py [--data PATH] [--regime fine_tune|scratch] [--seeds 0 1 2] [--out FILE]
+    python benchmarks/progressive_resize.py [--data PATH] [--regime fine_tune|scratch|schedules] [--seeds 0 1 2] [--out FILE]
 
 PATH holds a folder per class; default: the pictures embedded in the package. Two regimes: `fine_tune` (tf_efficientnet_lite0 with ImageNet weights, 160 px) and `scratch`
-(resnet10t, 128 px). For each seed every variant runs once, in turn, in one process. Budgets: `equal epochs` gives all the same epochs;
+(resnet10t, 128 px); `schedules` fine-tunes with other schedules than the default one. For each seed every variant runs once, in turn, in one process. Budgets: `equal epochs` gives all the same epochs;
 `same time` and `0.7 time` give a variant the most whole epochs whose planned cost, by the pixels and at an efficiency of 0.95,
 fits into plain's or seven tenths of it. The plain run of 0.7 time is the control: what fewer epochs alone would do.
 Seconds are those of training alone; accuracy is that of the whole validation set after the last epoch. Each run is kept beside
 the JSON as soon as it is done, so that a stopped benchmark goes on where it was, and several processes can share the seeds.
 """
 import argparse, json, statistics as st
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -23,6 +24,7 @@ from fastai_tricks.sample import lite0_weights, sample_images
 from common import TrainClock, environment, loaders, photos, write_results
 
 REGIMES = dict(fine_tune=dict(size=160, epochs=12, per_class=4, valid_per_class=8, bs=16),
+               schedules=dict(size=160, epochs=8, per_class=4, valid_per_class=8, bs=16),
                scratch=dict(size=128, epochs=8, per_class=10, valid_per_class=9, bs=32))
 FROZEN = 2/3 # A frozen epoch costs about two thirds of one that trains all layers
 EFFICIENCY = .95 # Assumed for the budgets of time; the measured one is in the results
@@ -46,10 +48,16 @@ class OnlyLastValidation(Callback):
     def before_validate(self): raise CancelValidException()
 
 
-VARIANTS = dict(plain=lambda: None, default=ProgressiveResize, others=OthersSchedule)
+def schedule(px, until, crop): return partial(ProgressiveResize, sizes=[px], until=until, crop=crop)
+
+VARIANTS = {'plain': lambda: None, 'default': ProgressiveResize, 'others': OthersSchedule,
+            'shrink 96, until .6': schedule(96, .6, False), 'cut 96, until .6': schedule(96, .6, True), 'shrink 128, until .6': schedule(128, .6, False),
+            'cut 128, until .6': schedule(128, .6, True), 'cut 128, until .8': schedule(128, .8, True), 'cut 128, until .9': schedule(128, .9, True)}
 BUDGETS = {'equal epochs': None, 'same time': 1., '0.7 time': .7}
 RUNS = [('plain','equal epochs'), ('default','equal epochs'), ('default','same time'), ('plain','0.7 time'), ('default','0.7 time'),
         ('others','equal epochs'), ('others','same time')]
+# Variant and epochs
+SCHEDULES = [('plain',8), ('shrink 96, until .6',12), ('cut 96, until .6',12), ('shrink 128, until .6',10), ('cut 128, until .6',10), ('cut 128, until .8',11), ('cut 128, until .9',8)]
 
 
 def cost(variant, epochs, size, tuning):
@@ -62,6 +70,8 @@ def cost(variant, epochs, size, tuning):
 
 def epochs_for(variant, budget, cfg, tuning):
     "Whole epochs of `variant` that fit into the share `budget` of plain's time"
+    if isinstance(budget, int): return budget
+    budget = BUDGETS[budget]
     if budget is None: return cfg['epochs']
     of_time = 1. if variant=='plain' else EFFICIENCY
     fits = lambda n: cost(variant, n, cfg['size'], tuning)/of_time <= budget*cost('plain', cfg['epochs'], cfg['size'], tuning) + 1e-9
@@ -71,24 +81,24 @@ def epochs_for(variant, budget, cfg, tuning):
 def train(args, cfg, files, valid, variant, epochs, seed):
     "One run: seconds of training, final accuracy"
     dls = loaders(files, valid, cfg['size'], seed, bs=cfg['bs'], num_workers=args.num_workers)
-    if args.regime=='fine_tune':
+    if args.regime!='scratch':
         learn = vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
     else: learn = Learner(dls, timm.create_model('resnet10t', num_classes=dls.c), metrics=accuracy)
     clock, last, cb = TrainClock(), OnlyLastValidation(), VARIANTS[variant]()
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([clock] + ([cb] if cb else [])):
         with learn.added_cbs(last):
-            if args.regime=='fine_tune': learn.fine_tune(epochs)
+            if args.regime!='scratch': learn.fine_tune(epochs)
             else: learn.fit_one_cycle(epochs, 4e-3)
         loss, acc = learn.validate()
     return dict(seed=seed, variant=variant, epochs=epochs, seconds=clock.seconds, images=clock.images, accuracy=acc, valid_loss=loss)
 
 
-def summary(runs, cfg, tuning):
+def summary(runs, todo, cfg, tuning):
     "Means and spreads for each variant and budget; ratios to plain are of the same seed"
-    plain = {r['seed']: r for r in runs if (r['variant'], r['budget'])==RUNS[0]}
+    plain = {r['seed']: r for r in runs if (r['variant'], r['budget'])==todo[0]}
     sd = lambda xs: st.stdev(xs) if len(xs)>1 else None
     rows = []
-    for variant, budget in RUNS:
+    for variant, budget in todo:
         rs = [r for r in runs if (r['variant'], r['budget'])==(variant, budget) and r['seed'] in plain]
         if not rs: continue
         ratio = [r['seconds']/plain[r['seed']]['seconds'] for r in rs]
@@ -122,19 +132,20 @@ def main():
     out = args.out or Path(__file__).parent/f'progressive_resize_{args.regime}.json'
     kept = out.with_suffix('.runs')
     kept.mkdir(exist_ok=True)
-    tuning = args.regime=='fine_tune'
+    tuning = args.regime!='scratch'
+    todo = SCHEDULES if args.regime=='schedules' else RUNS
     head = dict(regime=args.regime, data=Path(args.data).name, **cfg, num_workers=args.num_workers, train_images=len(files)-len(valid), valid_images=len(valid))
-    print(head, {f'{v} {b}': epochs_for(v, BUDGETS[b], cfg, tuning) for v, b in RUNS}, flush=True)
+    print(head, {f'{v} {b}': epochs_for(v, b, cfg, tuning) for v, b in todo}, flush=True)
 
     for seed in args.seeds:
-        for variant, budget in RUNS:
+        for variant, budget in todo:
             file = kept/f"{seed} {variant} {budget}.json"
             if file.exists(): continue
-            r = dict(train(args, cfg, files, valid, variant, epochs_for(variant, BUDGETS[budget], cfg, tuning), seed), budget=budget)
-            print(f"seed {seed} {variant:8} {budget:13} {r['epochs']:2} epochs {r['seconds']:6.1f} s accuracy {r['accuracy']:.4f}", flush=True)
+            r = dict(train(args, cfg, files, valid, variant, epochs_for(variant, budget, cfg, tuning), seed), budget=budget)
+            print(f"seed {seed} {variant:8} {budget!s:13} {r['epochs']:2} epochs {r['seconds']:6.1f} s accuracy {r['accuracy']:.4f}", flush=True)
             write_results(file, r)
             runs = [json.loads(f.read_text()) for f in sorted(kept.glob('*.json'))]
-            write_results(out, dict(head, environment=environment(), summary=summary(runs, cfg, tuning), runs=runs))
+            write_results(out, dict(head, environment=environment(), summary=summary(runs, todo, cfg, tuning), runs=runs))
     for row in json.loads(out.read_text())['summary']: print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
 

@@ -137,10 +137,10 @@ def _refuse_other(file, there, here):
         raise ValueError(f'{str(file)!r} is the checkpoint of a run with other {k}: it has {a}, this Learner {b}. '
                          'Choose another `name`, or delete that file')
 
-# %% ../nbs/12_stages.ipynb #6f2b3ead
+# %% ../nbs/12_stages.ipynb #44617a33
 class _TrainAt(ProgressiveResize):
     "One size throughout"
-    def __init__(self, size): super().__init__(sizes=[size], until=1)
+    def __init__(self, size): super().__init__(sizes=[size], until=1, crop=False)
     def _line(self): return ''
 
 def _fit_stage(learn, s):

@@ -1,5 +1,7 @@
 "`ProgressiveResize`: what the model received, in the kinds of data and fit that its page does not show"
 import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -14,7 +16,7 @@ from fastai.vision.core import PILImage, PILMask, TensorPoint
 from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 import fastai.callback.fp16, fastai.callback.schedule
 import fastai_tricks.resize
-from fastai_tricks.all import ProgressiveResize
+from fastai_tricks.all import ProgressiveResize, Stage
 from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 GROWS = [32,40,48,56,64]
@@ -180,6 +182,13 @@ def test_cut_or_shrunk(crop, f, cut):
     for size,rows,cols,first in small:
         assert rows==pytest.approx(1 if cut else 64/size, rel=.05) and cols==pytest.approx(1 if cut else 64/size, rel=.05)
         if cut: assert len(set(map(tuple, first)))>1 and all(0<=o<=64-size for yx in first for o in yx)
+
+def test_stages_shrink():
+    learn = tiny_learner(loaders((ImageBlock,CategoryBlock), get_x=ramp, get_y=parity), cbs=Steps())
+    with sizes_seen(learn), TemporaryDirectory() as d:
+        learn.path = Path(d)
+        learn.fit_stages([Stage(32, 1, fit='fine_tune', freeze_epochs=1)])
+    assert [o[0] for o in learn.steps.got]==[32]*2 and all(o[1]==pytest.approx(2, rel=.05) for o in learn.steps.got)
 
 def test_masks_are_cut_with_the_image():
     dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=ramp, get_y=ramp_mask)
