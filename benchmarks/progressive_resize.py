@@ -137,6 +137,12 @@ def main():
     head = dict(regime=args.regime, data=Path(args.data).name, **cfg, num_workers=args.num_workers, train_images=len(files)-len(valid), valid_images=len(valid))
     print(head, {f'{v} {b}': epochs_for(v, b, cfg, tuning) for v, b in todo}, flush=True)
 
+    def save():
+        runs = [json.loads(f.read_text()) for f in sorted(kept.glob('*.json'))]
+        res = dict(head, environment=environment(), summary=summary(runs, todo, cfg, tuning), runs=runs)
+        write_results(out, res)
+        return res['summary']
+
     for seed in args.seeds:
         for variant, budget in todo:
             file = kept/f"{seed} {variant} {budget}.json"
@@ -144,9 +150,8 @@ def main():
             r = dict(train(args, cfg, files, valid, variant, epochs_for(variant, budget, cfg, tuning), seed), budget=budget)
             print(f"seed {seed} {variant:8} {budget!s:13} {r['epochs']:2} epochs {r['seconds']:6.1f} s accuracy {r['accuracy']:.4f}", flush=True)
             write_results(file, r)
-            runs = [json.loads(f.read_text()) for f in sorted(kept.glob('*.json'))]
-            write_results(out, dict(head, environment=environment(), summary=summary(runs, todo, cfg, tuning), runs=runs))
-    for row in json.loads(out.read_text())['summary']: print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+            save()
+    for row in save(): print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__=='__main__': main()
