@@ -33,9 +33,10 @@ EFFICIENCY = .95 # Assumed for the budgets of time; the measured one is in the r
 class OthersSchedule(ProgressiveResize):
     "Half size until 50%, full from 75%, steps of 4 px, nearest neighbour, starting over after `fine_tune` unfreezes"
     def __init__(self): super().__init__(start=.5, until=.75, crop=False, mult=4, mode='nearest')
-    def before_train(self):
-        self._fit.frozen = False
-        super().before_train()
+    def _prepare(self):
+        fit = super()._prepare()
+        fit.frozen = False
+        return fit
     def plan(self, full, n_epoch=1, freeze_epochs=None): return super().plan(full, n_epoch)
     def schedule(self, full, tuning=False):
         sizes, until = super().schedule(full, False)

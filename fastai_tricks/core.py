@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from fastai.vision.all import *
 from fastai.learner import replacing_yield
 
-# %% ../nbs/00_core.ipynb #2b515317
+# %% ../nbs/00_core.ipynb #13d3e8bf
 def is_training(
-    learn:Learner, # Asked between `before_fit` and `after_fit`
+    learn:Learner, # Asked between `before_train` and `after_fit`
 )->bool: # False within `validate`, `get_preds`, `tta`, `predict` and `lr_find`
     "Is this fit one that trains the model for good?"
     return not (learn.lock.locked() or hasattr(learn, 'lr_finder'))

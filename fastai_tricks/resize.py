@@ -57,7 +57,7 @@ def full_share(
     if not sizes: return 1.
     return until*sum(h*w for h,w in sizes)/len(sizes)/(full[0]*full[1]) + 1-until
 
-# %% ../nbs/11_resize.ipynb #9844d90f
+# %% ../nbs/11_resize.ipynb #e5c19d28
 def _is_image(t): return isinstance(t, TensorImageBase) or (isinstance(t, Tensor) and t.ndim==4)
 
 def _nearest(t, size):
@@ -69,6 +69,7 @@ def _resize_image(t, size, mode, antialias):
     if tuple(t.shape[-2:])==size: return t
     if isinstance(t, TensorMask) or t.ndim<4 or not (t.is_floating_point() or t.dtype==torch.uint8): return _nearest(t, size)
     aa = antialias and mode in ('bilinear','bicubic')
+    if t.dtype==torch.uint8: return F.interpolate(t.float(), size=size, mode=mode, antialias=aa).round().clamp(0, 255).to(torch.uint8) # CUDA has no bytes here
     return F.interpolate(t, size=size, mode=mode, antialias=aa)
 
 _points = (TensorPoint,TensorBBox)
@@ -102,7 +103,7 @@ def resize_batch(
         return t*(xy.repeat(2) if isinstance(t, TensorBBox) else xy)
     return _map_images(lambda t,hw: _resize_image(t, hw, mode, antialias), points, xb, yb, size)
 
-# %% ../nbs/11_resize.ipynb #475a9d65
+# %% ../nbs/11_resize.ipynb #569d9d05
 def crop_batch(
     xb:tuple, # Inputs: each `(bs,c,h,w)` is an image
     yb:tuple, # Targets: images and masks are cut with it; not points or boxes
@@ -110,24 +111,27 @@ def crop_batch(
     at:Tensor, # `(bs,2)` in [0,1): where to cut each, 0 is top and left
 )->tuple: # `(xb,yb)`
     "Cut a part of `size` out of each image of a batch, and the same out of what lies on it"
+    full = _full(xb)
+    corners = (at*(tensor(full) - tensor(size) + 1)).floor()
     def points(t): raise ValueError('points and boxes are not cut: resize them')
     def cut(t, hw):
         h,w = hw
-        ys,xs = (at*(tensor(t.shape[-2:]) - tensor(hw) + 1)).floor().int().T.tolist()
+        # At the same place of an image at another scale
+        ys,xs = (corners*tensor(t.shape[-2:])/tensor(full)).round().int().T.tolist()
         return torch.stack([o[..., y:y+h, x:x+w] for o,y,x in zip(t, ys, xs)])
     return _map_images(cut, points, xb, yb, size)
 
 def _holds_for_a_part(y, full):
     "Is target `y` of an image of size `full` true for a part of it? Categories and masks are; not points, boxes or a number, such as a count"
-    if isinstance(y, _points): return False
-    return isinstance(y, TensorCategory) or _on_image(y, full) or not (isinstance(y, Tensor) and y.is_floating_point())
+    if isinstance(y, _points) or not isinstance(y, Tensor): return False
+    return isinstance(y, TensorCategory) or _on_image(y, full) or (y.ndim<2 and not y.is_floating_point())
 
-# %% ../nbs/11_resize.ipynb #c0a73d69
+# %% ../nbs/11_resize.ipynb #4b90e8d1
 _any_size = (IntToFloatTensor, AffineCoordTfm, SpaceTfm, RandomErasing, Normalize) # fastai's own, where they have no `size`
 
 def _small_first(dl):
-    "Can a batch of `dl` be made small before its batch transforms?"
-    fs = getattr(getattr(dl, 'after_batch', None), 'fs', None) # None: a PyTorch loader, or one that wraps another
+    "Can a batch of `dl` be made small before its batch transforms? Not of a PyTorch loader, nor of one that wraps another"
+    fs = getattr(vars(dl).get('after_batch'), 'fs', None)
     return fs is not None and all(isinstance(f, _any_size) and getattr(f, 'size', None) is None for f in fs)
 
 def _split(dls, b):
@@ -161,7 +165,7 @@ class _SmallFirst(GetAttr):
                 except StopIteration: return
             yield b
 
-# %% ../nbs/11_resize.ipynb #f9fe5e34
+# %% ../nbs/11_resize.ipynb #e7ce8f7e
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _fine_tune_part(opt):
@@ -197,7 +201,7 @@ def image_size(
 class ProgressiveResize(Callback):
     "Shrink the training batches, growing to full size; validation and prediction stay at full size"
     # Before `MixUp` and `CutMix`, which keep a copy of the targets, and so before `CastToTensor` and `MixedPrecision`
-    order,run_valid,_stateattrs = MixHandler.order-1,False,('_fit',)
+    order,run_valid,_stateattrs = MixHandler.order-1,False,('_fit',) # `_fit` is not pickled
     _fit = None # What the fit under way derived: full size, small sizes, ...; None outside one
 
     def __init__(self,
@@ -228,50 +232,72 @@ class ProgressiveResize(Callback):
         full:tuple, # Size of the images `(h,w)`, pixels
         tuning:bool=False, # Within `fine_tune`?
     )->tuple: # Small sizes `(h,w)`, and the fraction of training at which full size is reached
-        "What this callback does with images of size `full`; raises ValueError where its sizes are larger"
+        "What this callback does with images of size `full`; nothing where its sizes are all larger"
         start,until,_ = _tune_defaults if tuning else _defaults
         if self.until is not None: until = self.until
         if self.start is not None: start = self.start
-        for name,o in [('start',start)] if self.sizes is None else [('sizes',o) for o in self.sizes]:
-            _check(all(s<=f for s,f in zip(o, full)) if isinstance(o, tuple) else o<=max(1, min(full)), name, getattr(self, name),
-                   f'no larger than the images, {_px(full)} pixels')
         if self.sizes is None: return small_sizes(full, start, self.mult),until
         hw = [o if isinstance(o, tuple) else _shorter(full, o, self.mult) for o in self.sizes]
-        return [o for o in hw if o!=full],until
+        return [o for o in hw if o!=full and all(a<=f for a,f in zip(o, full))],until
 
+    def check(self,
+        full:tuple, # Size of the images `(h,w)`, pixels
+    ):
+        "Raise ValueError where `start` or `sizes` are larger than the images"
+        for name,o in [('start',self.start)] if self.sizes is None else [('sizes',o) for o in self.sizes]:
+            _check(o is None or (all(s<=f for s,f in zip(o, full)) if isinstance(o, tuple) else o<=max(1, min(full))), name, getattr(self, name),
+                   f'no larger than the images, {_px(full)} pixels')
+
+    # Not those of a prediction in the middle of a fit, which holds the lock
     def before_fit(self):
-        self._fit = None
+        if not self.learn.lock.locked(): self._fit = None
+    def after_fit(self): self.before_fit()
+
+    def before_train(self):
+        "Before the first epoch see what is to be done; before each, take the loader's place where that is cheaper"
+        # Not `before_fit`: `tta` fires it too
         if not is_training(self.learn): return
+        if self._fit is None:
+            self._fit = self._prepare()
+            if line := self._line(): say(self.learn, line)
+        # Kept here, as a prediction in the middle of an epoch changes those of the Learner
+        self._fit.early,self._fit.epoch,self._fit.n_iter = False,self.epoch,len(self.dl)
+        if _small_first(self.dl): self.learn.dl = _SmallFirst(self.dl, self._early, self.dls)
+
+    def _prepare(self):
+        if len(L(self.learn.cbs).filter(risinstance(ProgressiveResize)))>1:
+            raise ValueError('one `ProgressiveResize` at a time is accepted, not several: `learn.remove_cb(ProgressiveResize)` first')
         xb,yb = _look(self.learn)
-        part = _fine_tune_part(self.opt)
-        full = _full(xb)
-        _check(not (self.crop and any(isinstance(y, _points) for y in yb)), 'crop', self.crop, 'False or None where targets are points or boxes')
-        crop = (_tune_defaults if part else _defaults)[2] and all(_holds_for_a_part(y, full) for y in yb) if self.crop is None else self.crop
+        full,part = _full(xb),_fine_tune_part(self.opt)
+        self.check(full)
+        points = any(isinstance(o, _points) for o in (*xb,*yb))
+        _check(not (self.crop and points), 'crop', self.crop, 'False or None where there are points or boxes')
+        crop = self.crop
+        if crop is None: crop = (_tune_defaults if part else _defaults)[2] and not points and all(_holds_for_a_part(y, full) for y in yb)
         # Without `PointScaler` points and boxes stay in pixels
         fs = getattr(getattr(self.dls.train, 'after_item', None), 'fs', [])
         pixel_points = not any(isinstance(f, PointScaler) and f.do_scale for f in fs)
-        self._fit = SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', crop=crop, pixel_points=pixel_points)
-        if line := self._line(): say(self.learn, line)
+        return SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', crop=crop, pixel_points=pixel_points, early=False)
 
     def _smaller(self, i, xb, yb):
         "The images `(bs,c,h,w)` of batch `i`, and the targets that lie on them, at the size of the moment"
         full = _full(xb)
         sizes,until = self.schedule(full, self._fit.tuning)
         # Not `pct_train`: a sum of many fractions, a little off at the borders
-        pct = 0 if self._fit.frozen else (self.epoch + i/self.n_iter)/self.n_epoch
+        pct = 0 if self._fit.frozen else (self._fit.epoch + i/self._fit.n_iter)/self.n_epoch
         size = size_at(pct, sizes, full, until)
         if size==full: return xb,yb
         if self._fit.crop: return crop_batch(xb, yb, size, torch.rand(find_bs(xb), 2))
         return resize_batch(xb, yb, size, self.mode, self.antialias, self._fit.pixel_points)
 
-    def before_train(self):
-        if self._fit is not None and _small_first(self.dl): self.learn.dl = _SmallFirst(self.dl, self._smaller, self.dls)
+    def _early(self, i, xb, yb):
+        "`_smaller` before the batch transforms: then `before_batch` has nothing to do"
+        self._fit.early = True
+        return self._smaller(i, xb, yb)
 
     def before_batch(self):
-        if self._fit is None or isinstance(self.dl, _SmallFirst): return
+        if self._fit is None or self._fit.early: return
         self.learn.xb,self.learn.yb = self._smaller(self.iter, self.xb, self.yb)
-
-    def after_fit(self): self._fit = None
 
     def _line(self):
         f = self._fit
@@ -289,6 +315,7 @@ class ProgressiveResize(Callback):
     )->pd.DataFrame: # A row a size: `from`, `to` (epochs), `size`, `share` of the cost of a full-size step; `attrs['share']`: that of the whole fit
         "What will be trained at which size, and what it should cost by the pixels"
         if not isinstance(full, tuple): full = (full,full)
+        self.check(full)
         tuning = freeze_epochs is not None
         sizes,until = self.schedule(full, tuning)
         frozen = freeze_epochs or 0

@@ -137,7 +137,7 @@ def _refuse_other(file, there, here):
         raise ValueError(f'{str(file)!r} is the checkpoint of a run with other {k}: it has {a}, this Learner {b}. '
                          'Choose another `name`, or delete that file')
 
-# %% ../nbs/12_stages.ipynb #44617a33
+# %% ../nbs/12_stages.ipynb #3b00f67f
 class _TrainAt(ProgressiveResize):
     "One size throughout"
     def __init__(self, size): super().__init__(sizes=[size], until=1, crop=False)
@@ -156,7 +156,7 @@ def _check_stages(learn, stages, fit, full):
     stages = [replace(s, fit=s.fit or fit) for s in stages]
     dl = learn.dls.train
     for s in stages:
-        _TrainAt(s.size).schedule(full)
+        _TrainAt(s.size).check(full)
         _check(s.fit=='fine_tune' or not s.freeze_epochs, 'freeze_epochs', s.freeze_epochs, "0 where `fit` is not 'fine_tune'")
         _check(s.bs is None or hasattr(dl, 'fake_l'), 'bs', s.bs, 'left out with PyTorch loaders')
         _check(s.bs is None or not dl.drop_last or s.bs<=dl.n, 'bs', s.bs, f'at most the {dl.n} training items, as `drop_last` is set')

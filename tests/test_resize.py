@@ -3,13 +3,14 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np, pytest, torch
+from fastcore.basics import GetAttr
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import ColSplitter, IndexSplitter
 from fastai.layers import AdaptiveAvgPool, ConvLayer
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import set_seed, get_random_states, trainable_params
 from fastai.vision.core import PILImage, PILMask, TensorPoint
@@ -106,6 +107,69 @@ def test_rectangles(kwargs, sizes):
     with sizes_seen(learn) as seen: learn.fit(4)
     assert distinct([o[1:] for o in seen if o[0]])==sizes
     assert {o[1:] for o in seen if not o[0]}=={(64,96)}
+
+class Wrapped(GetAttr):
+    "A loader that hands on what another one gives"
+    _default = 'dl'
+    def __init__(self, dl): self.dl = dl
+    def __len__(self): return len(self.dl)
+    def __iter__(self): return iter(self.dl)
+
+class WrapLoader(Callback):
+    "As callbacks that move batches to other devices do"
+    order = ProgressiveResize.order+1
+    def before_train(self): self.learn.dl = Wrapped(self.learn.dl)
+
+def test_loader_wrapped_by_another_callback():
+    assert fit_sizes(tiny_learner(cbs=[ProgressiveResize(start=32, mult=8), WrapLoader()]), lambda l: l.fit(2))==[32,32,40,48,56,64]
+
+def test_wrapped_loader():
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn.dls.loaders[0] = Wrapped(learn.dls.train)
+    assert fit_sizes(learn, lambda l: l.fit(2))==[32,32,40,48,56,64]
+
+def test_smaller_batch_among_larger_ones():
+    "Not an error in the middle of a training"
+    class Shrink(Callback):
+        order,run_valid = ProgressiveResize.order-1,False
+        def before_batch(self):
+            if self.iter==2: self.learn.xb = (self.x[...,:24,:24],)
+    learn = tiny_learner(cbs=[ProgressiveResize(start=32, mult=8), Shrink()])
+    fastai_tricks.resize._small_first,was = (lambda dl: False),fastai_tricks.resize._small_first
+    try:
+        with sizes_seen(learn) as seen: learn.fit(2)
+    finally: fastai_tricks.resize._small_first = was
+    assert trained(seen)==[32,32,24,48,56,24]
+
+# Predictions in between -------------------------------------------------------
+
+@pytest.mark.parametrize('event', ['after_train','after_batch'])
+def test_prediction_in_the_middle(event):
+    class InBetween(Callback):
+        order,run_valid = 90,False
+        def look(self):
+            self.learn.predict(3)
+            self.model.train()
+            self.learn.training = True
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    cb = InBetween()
+    setattr(cb, event, cb.look)
+    with sizes_seen(learn) as seen: learn.fit(2, cbs=cb)
+    assert trained(seen)==[32,32,40,48,56,64]
+
+def test_tta_of_an_exported_learner(tmp_path):
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn.path = tmp_path
+    with sizes_seen(learn): learn.fit(1)
+    learn.export('l.pkl')
+    loaded = load_learner(tmp_path/'l.pkl')
+    with sizes_seen(loaded) as seen: loaded.tta(dl=loaded.dls.test_dl([1,2,3]), n=2)
+    assert set(seen)=={(False,64,64)}
+
+def test_two_at_a_time():
+    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    with sizes_seen(learn) as seen, pytest.raises(ValueError, match='one `ProgressiveResize` at a time'): learn.fit(1, cbs=ProgressiveResize(mult=16))
+    assert not seen
 
 # Targets ----------------------------------------------------------------------
 
