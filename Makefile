@@ -21,8 +21,9 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurement in the README, about half an hour; DATA=folder with a folder per class
-	$(PY) benchmarks/progressive_resize.py --regime scratch $(if $(DATA),--data "$(DATA)")
+bench: .venv/ok ## the measurements in the README, half an hour each: from scratch and, with DATA=folder of a folder per class, fine-tuning
+	$(PY) benchmarks/progressive_resize.py --regime scratch
+	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
 
 clean:
 	rm -rf .venv build dist demo *.egg-info
