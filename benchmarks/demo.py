@@ -47,7 +47,7 @@ def draw(file, plain, resized, plan, size):
     for i, c in enumerate(resized):
         px = plan[(plan['from']<i+1) & (plan['to']>=i+1-1e-9)]['size'].iloc[-1]
         ax.annotate(f'{px} px', (c[0], c[3]), textcoords='offset points', xytext=(0, 8), ha='center', fontsize=8, color='tab:blue')
-    ax.set(xlabel='seconds of training', ylabel='accuracy on the validation images', title=f'Same time, same seed, {size} px at the end')
+    ax.set(xlabel='seconds of training', ylabel='accuracy on the validation images', title=f'Same seed, {size} px at the end')
     ax.margins(y=.15)
     ax.legend(loc='lower right')
     fig.savefig(file, dpi=120)
