@@ -41,13 +41,13 @@ class TrainClock(Callback):
     def after_epoch(self): self.curve.append((self.seconds, *self.recorder.log[1:3], *self.recorder.log[3:-1]))
 
 
-def environment():
-    "Hardware and versions, for the JSON of results"
+def environment(*packages):
+    "Hardware and versions, those of `packages` too, for the JSON of results"
     cpu = platform.processor()
     if Path('/proc/cpuinfo').exists():
         cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), cpu)
     return dict(cpu=cpu, cores=os.cpu_count(), torch_threads=torch.get_num_threads(), cuda=torch.cuda.is_available(), python=platform.python_version(),
-                **{p: version(p) for p in ('fastai', 'torch', 'timm', 'fastai_tricks')})
+                **{p: version(p) for p in ('fastai', 'torch', 'timm', 'fastai_tricks', *packages)})
 
 
 def write_results(file, results):

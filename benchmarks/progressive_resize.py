@@ -23,7 +23,8 @@ from fastai_tricks.sample import lite0_weights, sample_images
 
 from common import TrainClock, environment, loaders, photos, write_results
 
-REGIMES = dict(fine_tune=dict(size=160, epochs=12, per_class=4, valid_per_class=8, bs=16),
+REGIMES = dict(fine_tune=dict(size=160, epochs=5, per_class=8, valid_per_class=8, bs=16),
+               fine_tune_few=dict(size=160, epochs=12, per_class=4, valid_per_class=8, bs=16),
                schedules=dict(size=160, epochs=8, per_class=4, valid_per_class=8, bs=16),
                scratch=dict(size=128, epochs=8, per_class=10, valid_per_class=9, bs=32))
 FROZEN = 2/3 # A frozen epoch costs about two thirds of one that trains all layers
@@ -53,7 +54,7 @@ def schedule(px, until, crop): return partial(ProgressiveResize, sizes=[px], unt
 
 VARIANTS = {'plain': lambda: None, 'default': ProgressiveResize, 'others': OthersSchedule,
             'shrink 96, until .6': schedule(96, .6, False), 'cut 96, until .6': schedule(96, .6, True), 'shrink 128, until .6': schedule(128, .6, False),
-            'cut 128, until .6': schedule(128, .6, True), 'cut 128, until .8': schedule(128, .8, True), 'cut 128, until .9': schedule(128, .9, True)}
+            'cut 128, until .4': schedule(128, .4, True), 'cut 128, until .6': schedule(128, .6, True), 'cut 128, until .8': schedule(128, .8, True), 'cut 128, until .9': schedule(128, .9, True)}
 BUDGETS = {'equal epochs': None, 'same time': 1., '0.7 time': .7}
 RUNS = [('plain','equal epochs'), ('default','equal epochs'), ('default','same time'), ('plain','0.7 time'), ('default','0.7 time'),
         ('others','equal epochs'), ('others','same time')]
@@ -118,6 +119,7 @@ def main():
     p.add_argument('--data')
     p.add_argument('--regime', choices=REGIMES, default='fine_tune')
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    p.add_argument('--variants', nargs='+', choices=VARIANTS, help='only these, each with the epochs of its budgets')
     p.add_argument('--epochs', type=int)
     p.add_argument('--per-class', type=int)
     p.add_argument('--num-workers', type=int, default=0)
@@ -135,6 +137,7 @@ def main():
     kept.mkdir(exist_ok=True)
     tuning = args.regime!='scratch'
     todo = SCHEDULES if args.regime=='schedules' else RUNS
+    wanted = [(v, b) for v, b in todo if not args.variants or v in args.variants]
     head = dict(regime=args.regime, data=Path(args.data).name, **cfg, num_workers=args.num_workers, train_images=len(files)-len(valid), valid_images=len(valid))
     print(head, {f'{v} {b}': epochs_for(v, b, cfg, tuning) for v, b in todo}, flush=True)
 
@@ -145,7 +148,7 @@ def main():
         return res['summary']
 
     for seed in args.seeds:
-        for variant, budget in todo:
+        for variant, budget in wanted:
             file = kept/f"{seed} {variant} {budget}.json"
             if file.exists(): continue
             r = dict(train(args, cfg, files, valid, variant, epochs_for(variant, budget, cfg, tuning), seed), budget=budget)

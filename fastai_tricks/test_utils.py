@@ -11,18 +11,19 @@ __all__ = ['tiny_dls', 'tiny_learner', 'sizes_seen']
 from contextlib import contextmanager
 from fastai.vision.all import *
 
-# %% ../nbs/02_test_utils.ipynb #38d1bebc
+# %% ../nbs/02_test_utils.ipynb #3d849f62
 def _noise_image(i): return PILImage.create(np.random.default_rng(i).integers(0, 255, (64,64,3), dtype=np.uint8))
 def _parity(i): return i%2
 
 def tiny_dls(
     n:int=32, # Number of images; the last 8 are the validation set
     bs:int=8, # Batch size
+    item_tfms=Resize(64), # Item transforms
     batch_tfms=None, # Batch transforms
     **kwargs, # Passed to `DataBlock.dataloaders`
 )->DataLoaders: # CPU loaders of `(bs,3,64,64)` float images and two classes
     "Noise images labelled by parity: enough to run a loop, nothing to learn"
-    db = DataBlock((ImageBlock,CategoryBlock), get_x=_noise_image, get_y=_parity, splitter=IndexSplitter(list(range(n-8,n))), batch_tfms=batch_tfms)
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=_noise_image, get_y=_parity, splitter=IndexSplitter(list(range(n-8,n))), item_tfms=item_tfms, batch_tfms=batch_tfms)
     return db.dataloaders(list(range(n)), bs=bs, **{'num_workers':0, 'device':'cpu', **kwargs})
 
 def _body_head(m): return [params(m[0]), params(m[1:])]

@@ -13,7 +13,7 @@ from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 # A new callback gets a line here: all tests below then hold for it, alone and with each of the others
 CALLBACKS = dict(
-    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8))
+    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True))
 FASTAI = dict(MixUp=MixUp, CutMix=CutMix, GradientAccumulation=lambda: GradientAccumulation(16), ChannelsLast=ChannelsLast)
 MAKE = {**CALLBACKS, **FASTAI}
 # `Learner` sorts by `order`: with equal ones the order of adding counts
