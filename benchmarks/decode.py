@@ -33,6 +33,12 @@ def by_fastai(cls, size):
     return lambda f: to_tensor(tfm(cls.create(f), split_idx=1))
 
 
+def to_image(size):
+    "Without the tensor"
+    tfm = Resize(size)
+    return lambda f: tfm(PILImageDraft.create(f), split_idx=1)
+
+
 def by_torchvision(size): return lambda f: center_crop(resize(decode_image(str(f), ImageReadMode.RGB), size, antialias=True), size)
 
 
@@ -62,7 +68,7 @@ def limit(size):
     return f
 
 
-WAYS = {'fastai': partial(by_fastai, PILImage), 'PILImageDraft': partial(by_fastai, PILImageDraft), 'torchvision': by_torchvision, 'cv2 reduced': by_cv2, 'limit': limit}
+WAYS = {'fastai': partial(by_fastai, PILImage), 'PILImageDraft': partial(by_fastai, PILImageDraft), 'PILImageDraft, to image': to_image, 'torchvision': by_torchvision, 'cv2 reduced': by_cv2, 'limit': limit}
 
 
 def main():

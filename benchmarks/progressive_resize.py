@@ -1,9 +1,9 @@
 """What ProgressiveResize is worth: seconds of training and final accuracy, against plain fastai and the usual schedule
 
-    python benchmarks/progressive_resize.py [--data PATH] [--regime fine_tune|scratch|schedules] [--seeds 0 1 2] [--out FILE]
+    python benchmarks/progressive_resize.py [--data PATH] [--regime fine_tune|fine_tune_few|scratch|schedules|batches] [--seeds 0 1 2] [--out FILE]
 
-PATH holds a folder per class; default: the pictures embedded in the package. Two regimes: `fine_tune` (tf_efficientnet_lite0 with ImageNet weights, 160 px) and `scratch`
-(resnet10t, 128 px); `schedules` fine-tunes with other schedules than the default one. For each seed every variant runs once, in turn, in one process. Budgets: `equal epochs` gives all the same epochs;
+PATH holds a folder per class; default: the pictures embedded in the package. Two regimes: `fine_tune` (tf_efficientnet_lite0 with ImageNet weights, 160 px; `fine_tune_few`: longer, on
+fewer images) and `scratch` (resnet10t, 128 px). `schedules` fine-tunes with other schedules than the default one, `batches` trains from scratch with larger batches of small images. For each seed every variant runs once, in turn, in one process. Budgets: `equal epochs` gives all the same epochs;
 `same time` and `0.7 time` give a variant the most whole epochs whose planned cost, by the pixels and at an efficiency of 0.95,
 fits into plain's or seven tenths of it. The plain run of 0.7 time is the control: what fewer epochs alone would do.
 Seconds are those of training alone; accuracy is that of the whole validation set after the last epoch. Each run is kept beside
@@ -26,23 +26,21 @@ from common import TrainClock, environment, loaders, photos, write_results
 REGIMES = dict(fine_tune=dict(size=160, epochs=5, per_class=8, valid_per_class=8, bs=16),
                fine_tune_few=dict(size=160, epochs=12, per_class=4, valid_per_class=8, bs=16),
                schedules=dict(size=160, epochs=8, per_class=4, valid_per_class=8, bs=16),
-               scratch=dict(size=128, epochs=8, per_class=10, valid_per_class=9, bs=32))
+               scratch=dict(size=128, epochs=8, per_class=10, valid_per_class=9, bs=32),
+               batches=dict(size=128, epochs=8, per_class=10, valid_per_class=9, bs=16))
 FROZEN = 2/3 # A frozen epoch costs about two thirds of one that trains all layers
 EFFICIENCY = .95 # Assumed for the budgets of time; the measured one is in the results
 
 
 class OthersSchedule(ProgressiveResize):
     "Half size until 50%, full from 75%, steps of 4 px, nearest neighbour, starting over after `fine_tune` unfreezes"
-    def __init__(self): super().__init__(start=.5, until=.75, crop=False, mult=4, mode='nearest')
+    def __init__(self): super().__init__(start=.5, until=.75, hold=2/3, crop=False, mult=4, mode='nearest', where='device')
     def _prepare(self):
         fit = super()._prepare()
         fit.frozen = False
         return fit
     def plan(self, full, n_epoch=1, freeze_epochs=None): return super().plan(full, n_epoch)
-    def schedule(self, full, tuning=False):
-        sizes, until = super().schedule(full, False)
-        # As many shares of the first size as make it last until 50% of the training
-        return sizes[:1]*(2*len(sizes)) + sizes, until
+    def schedule(self, full, tuning=False): return super().schedule(full, False)
 
 
 class OnlyLastValidation(Callback):
@@ -55,11 +53,17 @@ def schedule(px, until, crop): return partial(ProgressiveResize, sizes=[px], unt
 VARIANTS = {'plain': lambda: None, 'default': ProgressiveResize, 'others': OthersSchedule,
             'shrink 96, until .6': schedule(96, .6, False), 'cut 96, until .6': schedule(96, .6, True), 'shrink 128, until .6': schedule(128, .6, False),
             'cut 128, until .4': schedule(128, .4, True), 'cut 128, until .6': schedule(128, .6, True), 'cut 128, until .8': schedule(128, .8, True), 'cut 128, until .9': schedule(128, .9, True)}
+# 'larger batches' and the rule for their learning rate
+for rule in ('linear', 'sqrt', None): VARIANTS[f'larger batches, {rule}'] = partial(ProgressiveResize, scale_bs=True, scale_lr=rule)
 BUDGETS = {'equal epochs': None, 'same time': 1., '0.7 time': .7}
 RUNS = [('plain','equal epochs'), ('default','equal epochs'), ('default','same time'), ('plain','0.7 time'), ('default','0.7 time'),
         ('others','equal epochs'), ('others','same time')]
 # Variant and epochs
 SCHEDULES = [('plain',8), ('shrink 96, until .6',12), ('cut 96, until .6',12), ('shrink 128, until .6',10), ('cut 128, until .6',10), ('cut 128, until .8',11), ('cut 128, until .9',8)]
+
+BATCHES = [(v,8) for v in ('default', 'larger batches, linear', 'larger batches, sqrt', 'larger batches, None')]
+OTHER_RUNS = dict(schedules=SCHEDULES, batches=BATCHES)
+SCRATCH = ('scratch', 'batches')
 
 
 def cost(variant, epochs, size, tuning):
@@ -83,20 +87,20 @@ def epochs_for(variant, budget, cfg, tuning):
 def train(args, cfg, files, valid, variant, epochs, seed):
     "One run: seconds of training, final accuracy"
     dls = loaders(files, valid, cfg['size'], seed, bs=cfg['bs'], num_workers=args.num_workers)
-    if args.regime!='scratch':
+    if args.regime not in SCRATCH:
         learn = vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
     else: learn = Learner(dls, timm.create_model('resnet10t', num_classes=dls.c), metrics=accuracy)
     clock, last, cb = TrainClock(), OnlyLastValidation(), VARIANTS[variant]()
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([clock] + ([cb] if cb else [])):
         with learn.added_cbs(last):
-            if args.regime!='scratch': learn.fine_tune(epochs)
+            if args.regime not in SCRATCH: learn.fine_tune(epochs)
             else: learn.fit_one_cycle(epochs, 4e-3)
         loss, acc = learn.validate()
     return dict(seed=seed, variant=variant, epochs=epochs, seconds=clock.seconds, images=clock.images, accuracy=acc, valid_loss=loss)
 
 
 def summary(runs, todo, cfg, tuning):
-    "Means and spreads for each variant and budget; ratios to plain are of the same seed"
+    "Means and spreads for each variant and budget; ratios are to the first of `todo` with the same seed"
     plain = {r['seed']: r for r in runs if (r['variant'], r['budget'])==todo[0]}
     sd = lambda xs: st.stdev(xs) if len(xs)>1 else None
     rows = []
@@ -107,7 +111,7 @@ def summary(runs, todo, cfg, tuning):
         diff = [r['accuracy'] - plain[r['seed']]['accuracy'] for r in rs]
         epochs = rs[0]['epochs']
         # The pixels of this run over those of plain: what the ratio of seconds would be if pixels were all
-        ideal = cost(variant, epochs, cfg['size'], tuning)/cost('plain', cfg['epochs'], cfg['size'], tuning)
+        ideal = cost(variant, epochs, cfg['size'], tuning)/cost(todo[0][0], cfg['epochs'], cfg['size'], tuning)
         rows.append(dict(variant=variant, budget=budget, n=len(rs), epochs=epochs, seconds=st.mean(r['seconds'] for r in rs), ratio=st.mean(ratio), ratio_sd=sd(ratio),
                          ideal_ratio=ideal, efficiency=ideal/st.mean(ratio), accuracy=st.mean(r['accuracy'] for r in rs), accuracy_sd=sd([r['accuracy'] for r in rs]),
                          difference=st.mean(diff), difference_sd=sd(diff)))
@@ -135,8 +139,8 @@ def main():
     out = args.out or Path(__file__).parent/f'progressive_resize_{args.regime}.json'
     kept = out.with_suffix('.runs')
     kept.mkdir(exist_ok=True)
-    tuning = args.regime!='scratch'
-    todo = SCHEDULES if args.regime=='schedules' else RUNS
+    tuning = args.regime not in SCRATCH
+    todo = OTHER_RUNS.get(args.regime, RUNS)
     wanted = [(v, b) for v, b in todo if not args.variants or v in args.variants]
     head = dict(regime=args.regime, data=Path(args.data).name, **cfg, num_workers=args.num_workers, train_images=len(files)-len(valid), valid_images=len(valid))
     print(head, {f'{v} {b}': epochs_for(v, b, cfg, tuning) for v, b in todo}, flush=True)

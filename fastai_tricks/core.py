@@ -71,7 +71,7 @@ def save_whole(
     os.replace(tmp, file)
     return file
 
-# %% ../nbs/00_core.ipynb #2f090978
+# %% ../nbs/00_core.ipynb #763c986c
 def _plain(o):
     "Tensors, numbers and containers that `torch.load(weights_only=True)` takes"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -105,7 +105,7 @@ def set_state(
     get_model(learn.model).load_state_dict(state['model'])
     if isinstance(learn.opt, OptimWrapper): learn.opt.load_state_dict(state['opt'])
     else: learn.opt.load_state_dict({'state':state['opt']['state'], 'hypers':L(state['opt']['hypers'])})
-    r = state['random']
+    r = to_cpu(state['random']) # Wherever the file was loaded to
     alg,keys,*rest = r['numpy_state']
     set_random_states(**{**get_random_states(), **r, 'numpy_state':(alg,np.array(keys, dtype=np.uint32),*rest)})
     for dl,s in zip([dl for dl in learn.dls.loaders if hasattr(dl, 'rng')], state['loaders']): dl.rng.setstate(s)

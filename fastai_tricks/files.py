@@ -7,8 +7,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/files.html.md"""
 # %% auto #0
 __all__ = ['copy_size', 'resized_copies', 'CorruptImagesError', 'broken_image', 'skip_corrupt']
 
-# %% ../nbs/13_files.ipynb #daf5614a
-import json, os, shutil, tempfile, weakref
+# %% ../nbs/13_files.ipynb #fb9a532c
+import json, os, shutil, tempfile, traceback, weakref
 import pandas as pd
 from fastcore.parallel import parallel
 from fastai.vision.all import *
@@ -22,7 +22,7 @@ def copy_size(
     ratio = min(1, side/min(wh))
     return tuple(max(1, round(o*ratio)) for o in wh)
 
-# %% ../nbs/13_files.ipynb #f8b1086f
+# %% ../nbs/13_files.ipynb #0e67152e
 def _write(file, mtime_ns, write):
     "`write(path)` a file beside `file`, then put it in its place, with the time of its original"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,8 @@ def _copies(name, src, dest, sizes, quality, format, resample):
     try:
         mtime = file.stat().st_mtime_ns
         outs = {s:dest/str(s)/_named(name, format) for s in sizes}
-        todo = {s:o for s,o in outs.items() if not (o.exists() and o.stat().st_mtime_ns==mtime)}
+        # Some file systems keep time to two seconds
+        todo = {s:o for s,o in outs.items() if not (o.exists() and abs(o.stat().st_mtime_ns-mtime)<2e9)}
         with Image.open(file) as im:
             wh,was = im.size,im.format
             row['width'],row['height'] = wh
@@ -55,7 +56,9 @@ def _copies(name, src, dest, sizes, quality, format, resample):
                 kwargs['exif'] = Image.Exif()
                 kwargs['exif'][_orientation] = turned
             if smooth and im.mode in ('1','P'): im = im.convert('L' if im.mode=='1' else 'RGBA' if 'transparency' in im.info else 'RGB')
-            if to=='JPEG' and im.mode not in ('L','RGB','CMYK'): im = im.convert('RGB')
+            if (to=='JPEG' and im.mode not in ('L','RGB','CMYK')) or (to in ('PNG','WEBP') and im.mode=='CMYK'):
+                if im.mode=='CMYK': kwargs.pop('icc_profile', None)
+                im = im.convert('RGB')
             for s,out in todo.items():
                 size = copy_size(wh, s)
                 if size==wh and to==was: _write(out, mtime, partial(shutil.copyfile, file))
@@ -88,24 +91,28 @@ def resized_copies(
     _check(isinstance(quality, int) and 1<=quality<=100, 'quality', quality, 'a whole number from 1 to 100')
     _check(format is None or format in _suffixes, 'format', format, f'one of {tuple(_suffixes)} or None')
     _check(src.is_dir(), 'src', str(src), 'a folder')
-    names = [f.relative_to(src) for f in sorted(get_image_files(src)) if dest not in f.parents]
+    made_with,settings = dest/'resized_copies.json',dict(quality=quality, format=format, resample=int(resample))
+    old = json.loads(made_with.read_text()) if made_with.exists() else {**settings, 'sizes':[]}
+    # Copies are not copied again, where `dest` is in `src`
+    all_sizes = sorted({*old.pop('sizes'), *sizes})
+    copies = {(dest/str(s)).resolve() for s in all_sizes}
+    names = [f.relative_to(src) for f in sorted(get_image_files(src)) if not copies & set(f.resolve().parents)]
     _check(names, 'src', str(src), 'a folder with images')
     if format:
         first = {}
         for n in names:
             other = first.setdefault(_named(n, format), n)
             _check(other is n, 'format', format, f'None here, as {str(n)!r} and {str(other)!r} would become one file')
-    made_with,settings = dest/'resized_copies.json',dict(quality=quality, format=format, resample=int(resample))
-    if made_with.exists() and (old := json.loads(made_with.read_text()))!=settings:
+    if old!=settings:
         raise ValueError(f'{str(dest)!r} holds copies made with {old}, not {settings}: choose another `dest`, or delete it')
     dest.mkdir(parents=True, exist_ok=True)
-    _whole(made_with, json.dumps(settings))
+    _whole(made_with, json.dumps({**settings, 'sizes':all_sizes}))
     print(f"resized_copies: {len(names)} images, shorter side {', '.join(map(str, sizes))} px, into {dest.name!r}", flush=True)
     rows = parallel(_copies, names, src=src, dest=dest, sizes=sizes, quality=quality, format=format, resample=resample, n_workers=n_workers, progress=True, chunksize=8)
     df = pd.DataFrame(list(rows))
     written,bad = df.pop('written').sum(),df[df['error'].notna()]
     _whole(dest/'images.csv', df.to_csv(index=False))
-    print(f'{written} files written, {len(sizes)*(len(df)-len(bad)) - written} were there, {len(bad)} images could not be read' + _named_few(bad['file']), flush=True)
+    print(f'{written} files written, {len(sizes)*(len(df)-len(bad)) - written} were there, {len(bad)} images could not be copied' + _named_few(bad['file']), flush=True)
     return df
 
 def _whole(file, text):
@@ -117,7 +124,7 @@ def _named_few(files):
     "At most five names, for a message"
     return ''.join([': ', ', '.join(map(str, list(files)[:5])), ', …' if len(files)>5 else '']) if len(files) else ''
 
-# %% ../nbs/13_files.ipynb #ce94343f
+# %% ../nbs/13_files.ipynb #e061619c
 class CorruptImagesError(RuntimeError): "More images than allowed cannot be decoded"
 
 class _Log:
@@ -127,11 +134,12 @@ class _Log:
         os.close(fd)
         self.told = 0
         weakref.finalize(self, Path(self.file).unlink, missing_ok=True)
-    def note(self, **kwargs):
+    def note(self, **kwargs): # file, error, split
         with open(self.file, 'a') as f: f.write(json.dumps(kwargs) + '\n')
-    def table(self):
-        "A row a file: times it was met, error"
-        df = pd.DataFrame(list(map(json.loads, Path(self.file).read_text().splitlines())), columns=['file','error'])
+    def table(self, split=None):
+        "A row a file, of all splits or of one: times it was met, error"
+        df = pd.DataFrame(list(map(json.loads, Path(self.file).read_text().splitlines())), columns=['file','error','split'])
+        if split is not None: df = df[df['split']==split]
         return df.groupby('file', sort=False).agg(times=('error','size'), error=('error','first')).reset_index()
     def tell(self, *args, **kwargs):
         "Name those not named before"
@@ -151,6 +159,7 @@ def broken_image(
 )->tuple: # `(file,error)`; None where each image of the item can be decoded
     "Which file of item `i` cannot be decoded?"
     for tl in getattr(ds, 'tls', [ds]):
+        if not hasattr(tl, 'tfms'): return None
         o = tl.items.iloc[i] if hasattr(tl.items, 'iloc') else tl.items[i]
         for f in tl.tfms.fs:
             file = o
@@ -188,8 +197,10 @@ class _TakeAnother:
         yield from (j for j in others if _label(ds, j)!=label)
 
     def _note(self, file, error):
-        self.log.note(file=file, error=error)
-        bad,n = self.log.table(),len(self.dl.dataset)
+        ds = self.dl.dataset
+        split = getattr(ds, 'split_idx', None)
+        self.log.note(file=file, error=error, split=split)
+        bad,n = self.log.table(split),len(ds)
         if len(bad)>self.max_share*n:
             raise CorruptImagesError(f"{len(bad)} images cannot be decoded, more than `max_share={self.max_share}` of {n}:\n" + '\n'.join(f'{o.file}: {o.error}' for o in bad.itertuples()))
 
@@ -206,25 +217,23 @@ def _attach(dl, log, max_share):
     dl.do_item,dl.new,dl.after_iter = _TakeAnother(dl, log, max_share),_New(dl),log.tell
     return dl
 
-class _Rotated:
-    "A splitter whose training part begins with its `k`-th item"
-    def __init__(self, splitter, k): self.splitter,self.k = splitter,k
-    def __call__(self, items):
-        train,*rest = self.splitter(items)
-        return (L(train)[self.k:] + L(train)[:self.k],*rest)
-
 class _SkipCorrupt:
     "What `skip_corrupt` gives a `DataBlock` for its `dataloaders`"
     def __init__(self, dblock, max_share): self.dblock,self.max_share = dblock,max_share
     def __call__(self, source, *args, **kwargs):
         log,make,block = _Log(),self.dblock.dl_type or TfmdDL,copy(self.dblock)
         block.dl_type = lambda *args, **kwargs: _attach(make(*args, **kwargs), log, self.max_share)
+        items = (block.get_items or noop)(source)
+        train,*rest = (block.splitter or RandomSplitter())(items)
+        block.get_items = lambda source: items
         # fastai decodes the first training image to see what the blocks make of it: that one must be sound
-        for k in range(100):
-            block.splitter = _Rotated(self.dblock.splitter or RandomSplitter(), k)
+        for k in range(min(100, len(train))):
+            block.splitter = lambda items: (L(train)[k:] + L(train)[:k],*rest)
             # Its own `dataloaders` is bound to the one it was copied from
             try: dls = DataBlock.dataloaders(block, source, *args, **kwargs)
-            except (OSError,SyntaxError) as e: error = e
+            except (OSError,SyntaxError) as e:
+                if not any(f.name in ('load_image','create') for f in traceback.extract_tb(e.__traceback__)): raise
+                error = e
             else: return skip_corrupt(dls, self.max_share, log)
         raise CorruptImagesError(f'the first {k+1} training images cannot be decoded: {error}') from error
 

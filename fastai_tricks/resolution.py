@@ -8,12 +8,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/resolution.html.md"""
 __all__ = ['draft_scale', 'PILImageDraft', 'resize_batch', 'crop_batch', 'any_batch_size', 'size_set', 'at_ratio', 'largest',
            'find_bs']
 
-# %% ../nbs/10_resolution.ipynb #a4e556ab
+# %% ../nbs/10_resolution.ipynb #6b1a2c14
 import gc, io, math
 from PIL import UnidentifiedImageError
 from torchvision.transforms.functional import pad as tvpad
 import fastai.torch_core
 from fastai.vision.all import *
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from .core import get_state, set_state, peek, say, swapped
 
 # %% ../nbs/10_resolution.ipynb #3e317b92
@@ -24,20 +26,16 @@ def draft_scale(
     "The strongest reduction libjpeg decodes at that leaves at least a pixel for each one needed"
     return next((d for d in (8,4,2) if all(h>=n*d for h,n in zip(have, need))), 1)
 
-# %% ../nbs/10_resolution.ipynb #d1e7019d
+# %% ../nbs/10_resolution.ipynb #d0310504
 _pad_modes = {PadMode.Zeros:'constant', PadMode.Border:'edge', PadMode.Reflection:'reflect'} # torchvision's names
 
-class _IsPILImage(type(PILImage)):
-    # `predict` asks whether an image is of the type that the loaders make: a decoded one is as good
-    def __instancecheck__(cls, o): return isinstance(o, PILImage)
-
-class PILImageDraft(PILImage, metaclass=_IsPILImage):
+class PILImageDraft(PILImage):
     "A `PILImage` that decodes a JPEG when it is asked for pixels, at the smallest scale that its resize needs"
     _jpeg,_opened,_name,_origin,_whole = None,None,None,(0,0),(0,0) # The file's bytes until they are decoded; the part of it that this is
 
     @classmethod
     def create(cls,
-        fn, # File, its bytes, or whatever else `PILImage.create` takes
+        fn:Path|str|Tensor|ndarray|bytes|Image.Image, # As `PILImage.create` takes it; `predict` looks here for what it may be given
         **kwargs
     ):
         "Open `fn`; a JPEG is not decoded yet"
@@ -208,14 +206,24 @@ def at_ratio(
         return f
     return [at(f) for f in fs]
 
-# %% ../nbs/10_resolution.ipynb #7b29ae1b
+# %% ../nbs/10_resolution.ipynb #e13608e9
 def _is_oom(e):
-    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or (isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('out of memory',"can't allocate memory")))
+    texts = 'out of memory',"can't allocate memory",'cublas_status_alloc_failed','cudnn_status_not_supported'
+    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or (isinstance(e, RuntimeError) and any(o in str(e).lower() for o in texts))
 
 class _OneStep(Callback):
     "Train, but don't validate"
     name = 'lr_finder' # Loggers, savers and early stopping leave a fit with this name alone
     def before_validate(self): raise CancelValidException()
+
+class _OneBatch(GetAttr):
+    "The loader `dl`, of the one batch `b`"
+    _default = 'dl'
+    def __init__(self, dl, b): self.dl,self.b = dl,b
+    def __len__(self): return 1
+    def __iter__(self): yield self.b
+
+def _autocasts(learn): return [cb.autocast for cb in learn.cbs if isinstance(cb, MixedPrecision) and isinstance(getattr(cb, 'autocast', None), torch.autocast)]
 
 def _free(learn):
     "Let go of all that a failed step left"
@@ -226,9 +234,14 @@ def _free(learn):
 
 def _step_fits(learn, b):
     "Is there memory for a training step on the batch `b`?"
+    def on(): return {d:torch.is_autocast_enabled(d) for d in ('cpu','cuda')}
+    was = on()
     try:
-        with swapped(learn.dls, 'loaders', [[b],*learn.dls.loaders[1:]]): learn.fit(1, cbs=_OneStep())
+        with swapped(learn.dls, 'loaders', [_OneBatch(learn.dls.train, b),*learn.dls.loaders[1:]]): learn.fit(1, cbs=_OneStep())
     except Exception as e:
+        # `MixedPrecision` leaves autocast after the loss, which this pass never reached: it would go on, with weights of today in its cache
+        for o in _autocasts(learn):
+            if on().get(o.device) and not was[o.device]: o.__exit__(None, None, None)
         if not _is_oom(e): raise
         return False
     finally: _free(learn)
@@ -257,7 +270,7 @@ def largest(
         else: hi = mid
     return lo*step
 
-# %% ../nbs/10_resolution.ipynb #280e2151
+# %% ../nbs/10_resolution.ipynb #ff4ac1cd
 def find_bs(
     learn:Learner, # With the callbacks it will train with: they need memory too
     size:int|tuple=None, # Images of this size, pixels or `(h,w)`; default: as the loader gives them
@@ -267,7 +280,8 @@ def find_bs(
     "The largest batch for which forward, backward and optimiser step fit into memory; the Learner stays as it was"
     if not isinstance(learn, Learner): return fastai.torch_core.find_bs(learn) # fastai's function of this name: the size of a batch
     dl = learn.dls.train
-    if max_bs is None: max_bs = min(getattr(dl, 'n', None) or 1024, 1024 if torch.device(learn.dls.device or 'cpu').type!='cpu' else 128)
+    device = next(learn.model.parameters()).device
+    if max_bs is None: max_bs = min(getattr(dl, 'n', None) or 1024, 128 if device.type=='cpu' else 1024)
     b = tuple(t[:1] if isinstance(t, Tensor) else t for t in peek(dl))
     n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))
     if size is not None: b = sum(resize_batch(b[:n_inp], b[n_inp:], _hw(size)), ())
@@ -278,12 +292,12 @@ def find_bs(
     modes = [m.training for m in learn.model.modules()]
     def repeat(t, n): return t.repeat(n, *[1]*(t.ndim-1)) if isinstance(t, Tensor) else t
     try:
-        # Without those that would start a new log
-        with learn.no_bar(), learn.no_logging(), learn.removed_cbs(learn.cbs.filter(risinstance((Recorder,CSVLogger,TrackerCallback)))):
+        # Without those that would start a new log, and those that put the optimiser's step off
+        with learn.no_bar(), learn.no_logging(), learn.removed_cbs(learn.cbs.filter(risinstance((Recorder,CSVLogger,TrackerCallback,GradientAccumulation)))):
             bs = largest(lambda n: _step_fits(learn, tuple(repeat(t, n) for t in b)), max_bs, step)
     finally:
         file.seek(0)
-        set_state(learn, torch.load(file, map_location=next(learn.model.parameters()).device, weights_only=True))
+        set_state(learn, torch.load(file, map_location=device, weights_only=True))
         for m,o in zip(learn.model.modules(), modes): m.training = o
         if not had_opt: learn.opt = None
     if not bs: raise ValueError('not even a batch of 1 fits into memory: take smaller images or a smaller model')

@@ -102,11 +102,15 @@ def test_corrupt_files_are_listed(src, tmp_path, capsys):
     df = resized_copies(src, tmp_path/'dest', sizes=64, n_workers=2)
     bad = df[df['error'].notna()]
     assert set(bad['file'])=={'a/html.jpg','a/empty.jpg','a/short.jpg'} and len(files(tmp_path/'dest'/'64'))==9
-    assert '3 images could not be read: a/empty.jpg' in capsys.readouterr().out
+    assert '3 images could not be copied: a/empty.jpg' in capsys.readouterr().out
 
-def test_dest_within_src(src):
-    for _ in range(2): df = resized_copies(src, src/'small', sizes=64, n_workers=0)
-    assert len(df)==9 and len(files(src/'small'/'64'))==9
+@pytest.mark.parametrize('dest', ['small','.','..'])
+def test_copies_are_not_copied(src, dest, monkeypatch):
+    "Within the folder of the originals, the same, or the one above; and by another spelling"
+    monkeypatch.chdir(src.parent)
+    for sizes,s in ((64,src), (100,src), (64,Path('src'))):
+        df = resized_copies(s, src/dest, sizes=sizes, n_workers=0)
+        assert len(df)==9 and len(files(src/dest/str(sizes)))==9
 
 RUN = "import sys; from fastai_tricks.files import resized_copies; resized_copies(sys.argv[1], sys.argv[2], sizes=(200,400), n_workers=2)"
 
@@ -207,6 +211,20 @@ def test_data_frames(photos, blocks, get_y):
     for x,y in seen:
         is_b = y if y.ndim==1 else y[:,1].long()
         assert torch.equal(torch.Tensor((x.float().mean((1,2,3))>.5).float()).long(), torch.Tensor(is_b.float()).long())
+
+def test_share_is_of_each_split(photos):
+    "3 of 24 to train on and 1 of 8 to validate on are an eighth of each"
+    learn = tiny_learner(skip_corrupt(block(), max_share=.125).dataloaders(photos, bs=6, num_workers=0, device='cpu'))
+    with sizes_seen(learn): learn.fit(2)
+    assert names(learn, photos)==BAD
+
+def test_errors_of_labels_are_raised_at_once(photos):
+    calls = []
+    def no_label(f):
+        calls.append(f)
+        raise FileNotFoundError('labels.csv')
+    with pytest.raises(FileNotFoundError, match='labels.csv'): skip_corrupt(block(get_items=lambda p: sorted_files(p)[2:], get_y=no_label)).dataloaders(photos, bs=6)
+    assert len(calls)==1
 
 def test_only_image_of_its_class(photos):
     for f in sorted_files(photos/'train'/'a')[1:]: f.unlink()

@@ -60,45 +60,45 @@ class Received(Callback):
 # Fits -------------------------------------------------------------------------
 
 def test_fine_tune_never_shrinks():
-    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fine_tune(4, freeze_epochs=2))
+    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)), lambda l: l.fine_tune(4, freeze_epochs=2))
     assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64] and hs[-2:]==[64]*2
 
 @pytest.mark.parametrize('f', [
     lambda l: l.fit(4), lambda l: l.fit_one_cycle(4), lambda l: l.fit_flat_cos(4), lambda l: l.fit_sgdr(2, 1)],
     ids=['fit','one_cycle','flat_cos','sgdr'])
 def test_each_fit_grows_to_full(f):
-    assert distinct(fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), f))==GROWS
+    assert distinct(fit_sizes(tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)), f))==GROWS
 
 def test_fine_tune_without_parameter_groups():
     "Nothing can be frozen, so the optimiser does not tell the first part from the second"
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     learn.splitter = trainable_params
     hs = fit_sizes(learn, lambda l: l.fine_tune(4, freeze_epochs=2))
     assert hs[:6]==[48]*6 and distinct(hs)==[48,56,64]
 
 def test_fine_tune_without_frozen_epochs():
-    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fine_tune(4, freeze_epochs=0))
+    hs = fit_sizes(tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)), lambda l: l.fine_tune(4, freeze_epochs=0))
     assert distinct(hs)==[48,56,64]
 
 def test_own_frozen_fit_ends_at_full():
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     learn.freeze()
     assert distinct(fit_sizes(learn, lambda l: l.fit_one_cycle(4)))==GROWS
 
 def test_start_epoch_takes_up_the_same_sizes():
-    whole = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fit_one_cycle(4))
-    late = fit_sizes(tiny_learner(cbs=ProgressiveResize(mult=8)), lambda l: l.fit_one_cycle(4, start_epoch=2))
+    whole = fit_sizes(tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)), lambda l: l.fit_one_cycle(4))
+    late = fit_sizes(tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)), lambda l: l.fit_one_cycle(4, start_epoch=2))
     assert late==whole[6:] and late[0]>32
 
 def test_to_fp16_without_cuda():
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8)).to_fp16()
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8)).to_fp16()
     assert distinct(fit_sizes(learn, lambda l: l.fit_one_cycle(4)))==GROWS
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 # Loaders ----------------------------------------------------------------------
 
 def test_workers():
-    assert distinct(fit_sizes(tiny_learner(num_workers=2, cbs=ProgressiveResize(mult=8)), lambda l: l.fit(4)))==GROWS
+    assert distinct(fit_sizes(tiny_learner(num_workers=2, cbs=ProgressiveResize(hold=.25, mult=8)), lambda l: l.fit(4)))==GROWS
 
 @pytest.mark.parametrize('kwargs,sizes', [
     (dict(mult=16), [(32,48),(48,64),(64,96)]), # 48x72 has no such width: 64 and 80 are as near
@@ -123,10 +123,10 @@ class WrapLoader(Callback):
     def before_train(self): self.learn.dl = Wrapped(self.learn.dl)
 
 def test_loader_wrapped_by_another_callback():
-    assert fit_sizes(tiny_learner(cbs=[ProgressiveResize(start=32, mult=8), WrapLoader()]), lambda l: l.fit(2))==[32,32,40,48,56,64]
+    assert fit_sizes(tiny_learner(cbs=[ProgressiveResize(start=32, hold=.25, mult=8), WrapLoader()]), lambda l: l.fit(2))==[32,32,40,48,56,64]
 
 def test_wrapped_loader():
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     learn.dls.loaders[0] = Wrapped(learn.dls.train)
     assert fit_sizes(learn, lambda l: l.fit(2))==[32,32,40,48,56,64]
 
@@ -137,7 +137,7 @@ def test_smaller_batch_among_larger_ones(place):
         order,run_valid = ProgressiveResize.order-1,False
         def before_batch(self):
             if self.iter==2: self.learn.xb = (self.x[...,:24,:24],)
-    learn = tiny_learner(cbs=[ProgressiveResize(start=32, mult=8), Shrink()])
+    learn = tiny_learner(cbs=[ProgressiveResize(start=32, hold=.25, mult=8), Shrink()])
     with sizes_seen(learn) as seen: learn.fit(2)
     assert trained(seen)==[32,32,24,48,56,24]
 
@@ -151,14 +151,14 @@ def test_prediction_in_the_middle(event):
             self.learn.predict(3)
             self.model.train()
             self.learn.training = True
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     cb = InBetween()
     setattr(cb, event, cb.look)
     with sizes_seen(learn) as seen: learn.fit(2, cbs=cb)
     assert trained(seen)==[32,32,40,48,56,64]
 
 def test_tta_of_an_exported_learner(tmp_path):
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     learn.path = tmp_path
     with sizes_seen(learn): learn.fit(1)
     learn.export('l.pkl')
@@ -167,7 +167,7 @@ def test_tta_of_an_exported_learner(tmp_path):
     assert set(seen)=={(False,64,64)}
 
 def test_two_at_a_time():
-    learn = tiny_learner(cbs=ProgressiveResize(mult=8))
+    learn = tiny_learner(cbs=ProgressiveResize(hold=.25, mult=8))
     with sizes_seen(learn) as seen, pytest.raises(ValueError, match='one `ProgressiveResize` at a time'): learn.fit(1, cbs=ProgressiveResize(mult=16))
     assert not seen
 
@@ -183,7 +183,7 @@ class PixelLoss:
 
 @pytest.mark.parametrize('mixup', [(), ('first',), ('last',)], ids=['alone','mixup_first','mixup_last'])
 def test_masks_follow(mixup):
-    cbs = [ProgressiveResize(mult=8), Received()]
+    cbs = [ProgressiveResize(hold=.25, mult=8), Received()]
     if mixup: cbs.insert(0 if mixup==('first',) else 1, MixUp())
     dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=image, get_y=mask)
     learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=PixelLoss(), cbs=cbs)
@@ -195,7 +195,7 @@ def test_masks_follow(mixup):
 
 def test_masks_with_fastai_loss():
     dls = loaders((ImageBlock,MaskBlock(codes=['a','b'])), get_x=image, get_y=mask)
-    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=ProgressiveResize(mult=8))
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=ProgressiveResize(hold=.25, mult=8))
     assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
 
 class TwoInputs(nn.Module):
@@ -204,7 +204,7 @@ class TwoInputs(nn.Module):
 
 def test_two_image_inputs_keep_their_ratio():
     dls = loaders((ImageBlock,ImageBlock,CategoryBlock), n_inp=2, getters=[image,image2,parity])
-    learn = Learner(dls, TwoInputs(), loss_func=CrossEntropyLossFlat(), cbs=[ProgressiveResize(mult=8), Received()])
+    learn = Learner(dls, TwoInputs(), loss_func=CrossEntropyLossFlat(), cbs=[ProgressiveResize(hold=.25, mult=8), Received()])
     assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
     assert all(b==(a[0]//2,a[1]//2) for (a,b),_ in learn.received.got)
 
@@ -212,7 +212,7 @@ def test_two_image_inputs_keep_their_ratio():
 def test_points(pixels):
     block = TransformBlock(type_tfms=TensorPoint.create) if pixels else PointBlock
     m = nn.Sequential(ConvLayer(3,8,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
-    learn = Learner(loaders((ImageBlock,block), get_x=image, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(mult=8), Received()])
+    learn = Learner(loaders((ImageBlock,block), get_x=image, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(hold=.25, mult=8), Received()])
     assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
     for [(h,w)],y in learn.received.got:
         expected = torch.tensor([16.*w/64, 48.*h/64] if pixels else [-.5,.5])
@@ -239,7 +239,7 @@ class Steps(Callback):
     (False, lambda l: l.fine_tune(4, freeze_epochs=1), False), (True, lambda l: l.fit(4), True)],
     ids=['fine_tune','fit','fine_tune_shrunk','fit_cut'])
 def test_cut_or_shrunk(crop, f, cut):
-    learn = tiny_learner(loaders((ImageBlock,CategoryBlock), get_x=ramp, get_y=parity), cbs=[ProgressiveResize(mult=8, crop=crop), Steps()])
+    learn = tiny_learner(loaders((ImageBlock,CategoryBlock), get_x=ramp, get_y=parity), cbs=[ProgressiveResize(hold=.25, mult=8, crop=crop), Steps()])
     fit_sizes(learn, f)
     small = [o for o in learn.steps.got if o[0]<64]
     assert small
@@ -259,12 +259,12 @@ def test_masks_are_cut_with_the_image():
     class Same(Callback):
         order,run_valid = 100,False
         def before_batch(self): assert torch.equal(torch.Tensor(self.x[:,0]*255).round()%2, torch.Tensor(self.y.float()))
-    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=[ProgressiveResize(mult=8, crop=True), Same()])
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=[ProgressiveResize(hold=.25, mult=8, crop=True), Same()])
     assert distinct(fit_sizes(learn, lambda l: l.fit(4)))==GROWS
 
 def test_points_are_not_cut():
     m = nn.Sequential(ConvLayer(3,8,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
-    learn = Learner(loaders((ImageBlock,PointBlock), get_x=ramp, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(mult=8), Steps()])
+    learn = Learner(loaders((ImageBlock,PointBlock), get_x=ramp, get_y=point), m, loss_func=MSELossFlat(), cbs=[ProgressiveResize(hold=.25, mult=8), Steps()])
     fit_sizes(learn, lambda l: l.fine_tune(2))
     assert all(rows==pytest.approx(64/size, rel=.05) for size,rows,*_ in learn.steps.got)
     learn.remove_cb(learn.progressive_resize)
@@ -280,7 +280,7 @@ def run(cbs):
     return [p.detach().clone() for p in learn.model.state_dict().values()],get_random_states()
 
 def test_shrinking_uses_no_random_number():
-    (w,rng),(w1,rng1),(_,rng2) = run(None),run(ProgressiveResize(start=1.)),run(ProgressiveResize(mult=8))
+    (w,rng),(w1,rng1),(_,rng2) = run(None),run(ProgressiveResize(start=1.)),run(ProgressiveResize(hold=.25, mult=8))
     assert all(map(torch.equal, w, w1))
     for o in (rng1,rng2):
         assert o['random_state']==rng['random_state'] and torch.equal(o['torch_state'], rng['torch_state'])

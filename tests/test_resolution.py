@@ -1,16 +1,19 @@
 "`PILImageDraft` against `PILImage`, resizing in the loader, larger batches, `find_bs`"
 import copy, io, math, pickle, random
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
+from fastcore.foundation import L
 from fasttransform import Transform
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.callback.data import PartialDL
+from fastai.callback.fp16 import MixedPrecision
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, parent_label
 from fastai.layers import ConvLayer
@@ -18,7 +21,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai.vision.augment import CropPad, Flip, FlipItem, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, Resize, Rotate, aug_transforms
-from fastai.vision.core import PILImage, PILMask, TensorImage, image2tensor
+from fastai.vision.core import PILImage, PILMask, TensorImage, TensorMask, image2tensor
 from fastai.vision.data import ImageBlock, ImageDataLoaders, MaskBlock
 import fastai.torch_core, fastai.callback.schedule
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, Stage, find_bs
@@ -141,15 +144,30 @@ def test_loaders(folder, num_workers, scales):
     for a,b in zip(*test): assert (a[0]-b[0]).abs().mean()<.02
     if not num_workers: assert set(scales)=={4}
 
+@pytest.mark.parametrize('how', ['from_df','from_csv','from_name_func','from_path_re'])
+def test_other_factories(folder, tmp_path, how, scales):
+    files = sorted(folder.glob('*/*.jpg'))
+    df = pd.DataFrame(dict(name=[f.relative_to(folder).as_posix() for f in files], label=[f.parent.name for f in files]))
+    kwargs = dict(img_cls=PILImageDraft, item_tfms=Resize(64), bs=4, num_workers=0, device='cpu')
+    if how=='from_df': dls = ImageDataLoaders.from_df(df, folder, **kwargs)
+    elif how=='from_csv':
+        df.to_csv(tmp_path/'labels.csv', index=False)
+        dls = ImageDataLoaders.from_csv(folder, csv_fname=tmp_path/'labels.csv', **kwargs)
+    elif how=='from_name_func': dls = ImageDataLoaders.from_name_func(folder, files, lambda n: n[0], **kwargs)
+    else: dls = ImageDataLoaders.from_path_re(folder, files, r'/([ab])/', **kwargs)
+    assert dls.one_batch()[0].shape==(4,3,64,64) and set(scales)=={4}
+
 def test_predict(folder, tmp_path):
     dls = ImageDataLoaders.from_folder(folder, valid_pct=.25, img_cls=PILImageDraft, item_tfms=Resize(64), bs=4, num_workers=0, device='cpu')
     learn,f = tiny_learner(dls),folder/'a'/'1.jpg'
     learn.path = tmp_path
     with learn.no_bar(), learn.no_logging():
-        preds = [learn.predict(o)[2] for o in (f, PILImage.create(f), PILImageDraft.create(f))]
+        array = np.array(PILImage.create(f))
+        inputs = f,str(f),f.read_bytes(),PILImage.create(f),PILImageDraft.create(f),array,TensorImage(array).permute(2,0,1)
+        preds = [learn.predict(o)[2] for o in inputs]
         learn.export('l.pkl')
         loaded = load_learner(tmp_path/'l.pkl')
-        with loaded.no_bar(): preds.append(loaded.predict(f)[2])
+        with loaded.no_bar(): preds += [loaded.predict(o)[2] for o in inputs]
     assert all(torch.allclose(p, preds[0], atol=1e-2) for p in preds)
 
 # In the loader ----------------------------------------------------------------
@@ -171,15 +189,16 @@ def item_sizes(cb, epochs=4, item_tfms=None, batch_tfms=(), fit=None, num_worker
     assert {o[1:] for o in seen if not o[0]}=={(64,64)}
     assert {f.size for f,_ in shared}=={o['size'] for _,o in shared}
     assert learn.dls.valid.one_batch()[0].shape[-2:]==(64,64)
-    return [h for s,h,_ in seen_by_tfms if s==0][1:],[h for t,h,_ in seen if t],learn # The first was the look at the full size
+    got = [h for t,h,_ in seen if t]
+    return [h for s,h,_ in seen_by_tfms if s==0][-len(got):],got,learn # Before it looked at the sizes
 
 @pytest.mark.parametrize('num_workers', [0,2])
 def test_loader_gives_the_largest_size_of_the_epoch(num_workers):
-    made,got,_ = item_sizes(ProgressiveResize(sizes=[32,48], until=2/3), epochs=3, num_workers=num_workers)
+    made,got,_ = item_sizes(ProgressiveResize(sizes=[32,48], hold=.5, until=2/3), epochs=3, num_workers=num_workers)
     assert made==got==[32]*3 + [48]*3 + [64]*3
 
 def test_growth_within_an_epoch_goes_on_on_the_device():
-    made,got,_ = item_sizes(ProgressiveResize(mult=8), epochs=2)
+    made,got,_ = item_sizes(ProgressiveResize(hold=.25, mult=8), epochs=2)
     assert got==[32,32,40,48,56,64]
     # `Item` comes after the device made it smaller still
     assert made==got
@@ -228,8 +247,8 @@ def test_decoded_smaller_in_small_epochs(folder, scales):
     learn = tiny_learner(dls, cbs=ProgressiveResize(sizes=[64], until=.5))
     scales.clear()
     with sizes_seen(learn): learn.fit(2)
-    assert scales[0]==2 # The look at the full size
-    assert scales[1:19]==[4]*18 and set(scales[19:])=={2}
+    assert scales[:2]==[2,4] # A look at the full size, and at half of it
+    assert scales[2:20]==[4]*18 and set(scales[20:])=={2}
 
 def test_masks_in_the_loader():
     def image(i): return PILImage.create(np.random.default_rng(i).integers(0, 255, (96,96,3), dtype=np.uint8))
@@ -244,9 +263,21 @@ def test_masks_in_the_loader():
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     assert sizes==[((32,32),(32,32),{0,1})]*2 + [((64,64),(64,64),{0,1})]*2
 
+def test_target_that_the_item_transforms_leave_alone():
+    "A mask that is no PIL image: then the device makes both small"
+    def image(i): return PILImage.create(np.random.default_rng(i).integers(0, 255, (64,64,3), dtype=np.uint8))
+    def mask(i): return TensorMask(torch.tensor(np.array(image(i))[...,0]//128).long())
+    dls = DataBlock((ImageBlock,TransformBlock), get_x=image, get_y=mask, splitter=IndexSplitter(range(16,24)), item_tfms=Resize(64)).dataloaders(list(range(24)), bs=8, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Conv2d(3,2,3,padding=1), loss_func=CrossEntropyLossFlat(axis=1), cbs=ProgressiveResize(sizes=[32], until=.5))
+    with sizes_seen(learn) as seen: learn.fit(2)
+    assert [h for t,h,_ in seen if t]==[32]*2 + [64]*2
+    learn.remove_cb(ProgressiveResize)
+    with sizes_seen(learn) as seen, pytest.raises(ValueError, match='`where`'): learn.fit(1, cbs=ProgressiveResize(where='loader', sizes=[32]))
+    assert not seen
+
 @pytest.mark.parametrize('where,epochs,says', [('auto',4,'in the loader;'), ('auto',3,'in the loader, within an epoch on the device;'), ('device',4,'on the device;')])
 def test_says_where(where, epochs, says, capsys):
-    learn = tiny_learner(cbs=ProgressiveResize(sizes=[32,48], until=.5, where=where))
+    learn = tiny_learner(cbs=ProgressiveResize(sizes=[32,48], hold=.5, until=.5, where=where))
     with learn.no_bar(): learn.fit(epochs)
     assert says in capsys.readouterr().out
 
@@ -299,6 +330,21 @@ def test_max_bs_and_fine_tune():
     learn = tiny_learner(n=72, cbs=[ProgressiveResize(sizes=[32], until=.5, scale_bs=True, max_bs=16), Batches(), GradientAccumulation(16)])
     with sizes_seen(learn): learn.fine_tune(2)
     assert learn.batches.bs==[16]*4 + [8]*8
+
+@pytest.mark.parametrize('n_acc,growth', [(4,2), (16,2**.5), (32,1)])
+def test_accumulated_batches(n_acc, growth):
+    "The rate grows with the items of a step: accumulated ones are as many at both sizes"
+    learn = tiny_learner(n=72, cbs=[ProgressiveResize(sizes=[32], until=.5, scale_bs=True), Batches(), GradientAccumulation(n_acc)])
+    with sizes_seen(learn): learn.fit(2, 1e-2)
+    assert learn.batches.bs[0]==32 and learn.batches.lr[0]==pytest.approx(1e-2*growth)
+
+def test_part_of_the_data():
+    "An epoch of 16 of 64 images has two batches of 8, not half a batch of 32"
+    dls = tiny_dls(n=72)
+    dls.loaders[0] = PartialDL(dls.train.dataset, bs=8, partial_n=16, shuffle=True, drop_last=True, num_workers=0, after_item=dls.train.after_item, after_batch=dls.train.after_batch, device='cpu')
+    learn = tiny_learner(dls, cbs=[ProgressiveResize(sizes=[32], until=.5, scale_bs=True), Batches()])
+    with sizes_seen(learn): learn.fit(2)
+    assert learn.batches.bs==[16] + [8]*2
 
 def test_scale_bs_needs_a_loader_of_fastai():
     data = torch.utils.data.TensorDataset(torch.rand(16,3,64,64), torch.zeros(16).long())
@@ -367,6 +413,35 @@ def test_find_bs_leaves_all_as_it_was(trained, tmp_path):
     assert everything(learn)==was and learn.opt is opt
     if trained: assert [list(o) for o in learn.recorder.values]==values
     assert {f:f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}==files
+
+def test_find_bs_with_several_targets():
+    "The model gets the inputs alone"
+    learn = limited(50)
+    learn.dls = DataBlock((ImageBlock,CategoryBlock,CategoryBlock), getters=[lambda i: PILImage.create(np.full((32,32,3), i, dtype=np.uint8)), lambda i: i%2, lambda i: i%2], n_inp=1,
+                          splitter=IndexSplitter(range(8))).dataloaders(list(range(100)), bs=8, num_workers=0, device='cpu')
+    learn.model[0].pixels = 50*32*32
+    learn.loss_func = lambda pred, a, b: nn.functional.cross_entropy(pred, a) + nn.functional.cross_entropy(pred, b)
+    with learn.no_logging(): assert find_bs(learn)==48
+
+class CPUMixed(MixedPrecision):
+    "fastai's, which knows CUDA only, on the CPU"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),L()
+    def after_batch(self): pass
+
+def test_find_bs_leaves_autocast():
+    learn = limited(50, cbs=CPUMixed())
+    with learn.no_logging(): assert find_bs(learn)==48
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_find_bs_measures_the_step_despite_accumulation():
+    learn = tiny_learner(n=400, cbs=GradientAccumulation(1000))
+    learn.create_opt()
+    step = learn.opt.step
+    def limit(*args):
+        if len(learn.xb[0])>20: raise torch.OutOfMemoryError('CUDA out of memory')
+        step(*args)
+    learn.opt.step = limit
+    with learn.no_logging(): assert find_bs(learn)==16
 
 def test_other_errors_are_raised():
     learn = limited(50)
