@@ -22,7 +22,7 @@ def copy_size(
     ratio = min(1, side/min(wh))
     return tuple(max(1, round(o*ratio)) for o in wh)
 
-# %% ../nbs/13_files.ipynb #0e67152e
+# %% ../nbs/13_files.ipynb #c22fd38b
 def _write(file, mtime_ns, write):
     "`write(path)` a file beside `file`, then put it in its place, with the time of its original"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +121,8 @@ def _whole(file, text):
     os.replace(tmp, file)
 
 def _named_few(files):
-    "At most five names, for a message"
-    return ''.join([': ', ', '.join(map(str, list(files)[:5])), ', …' if len(files)>5 else '']) if len(files) else ''
+    "At most five names, with their folders, for a message"
+    return ''.join([': ', ', '.join('/'.join(Path(f).parts[-2:]) for f in list(files)[:5]), ', …' if len(files)>5 else '']) if len(files) else ''
 
 # %% ../nbs/13_files.ipynb #e061619c
 class CorruptImagesError(RuntimeError): "More images than allowed cannot be decoded"

@@ -181,7 +181,7 @@ def test_replaced_by_one_of_the_same_class(photos, num_workers, cls, how, capsys
     assert len(learn.received.got)==2*((24 if how=='dblock' else 18) + 8) # 24 of 24, 18 of 22: the last batch is dropped
     assert all(x==y for x,y in learn.received.got)
     out = capsys.readouterr().out
-    assert 'skip_corrupt' in out and 'valid/b/1.jpg' in out
+    assert 'skip_corrupt' in out and 'b/1.jpg' in out
     # What a prediction for the validation set needs is the whole set, in its order
     with learn.no_bar(): preds,targs = learn.get_preds()
     assert len(preds)==8 and targs.tolist()==[0]*4 + [1]*4
