@@ -21,7 +21,10 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurements in the README, half an hour each: from scratch and, with DATA=folder of a folder per class, fine-tuning
+bench: .venv/ok ## the measurements: decoding and loading, from scratch (half an hour), and with DATA=folder of a folder per class fine-tuning (longer)
+	$(PY) benchmarks/decode.py
+	$(PY) benchmarks/loader.py
+	$(PY) benchmarks/progressive_resize.py --regime batches
 	$(PY) benchmarks/progressive_resize.py --regime scratch
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
 

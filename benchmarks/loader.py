@@ -60,6 +60,7 @@ def main():
     p.add_argument('--workers', type=int, nargs='+', default=[0, 2])
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'loader.json')
     args = p.parse_args()
+    torch.set_num_threads(1)
     runs = []
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
