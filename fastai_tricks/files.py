@@ -124,7 +124,7 @@ def _named_few(files):
     "At most five names, with their folders, for a message"
     return ''.join([': ', ', '.join('/'.join(Path(f).parts[-2:]) for f in list(files)[:5]), ', …' if len(files)>5 else '']) if len(files) else ''
 
-# %% ../nbs/13_files.ipynb #e061619c
+# %% ../nbs/13_files.ipynb #0e71a4f7
 class CorruptImagesError(RuntimeError): "More images than allowed cannot be decoded"
 
 class _Log:
@@ -144,7 +144,7 @@ class _Log:
     def tell(self, *args, **kwargs):
         "Name those not named before"
         bad = self.table()
-        if len(bad)>self.told: print(f'skip_corrupt: {len(bad)} images cannot be decoded, others of their class are taken' + _named_few(bad['file']), flush=True)
+        if len(bad)>self.told: print(f'skip_corrupt: {len(bad)} images cannot be decoded' + _named_few(bad['file']) + '; others of their class are taken', flush=True)
         self.told = len(bad)
 
 def _decodes(file):
@@ -201,8 +201,11 @@ class _TakeAnother:
         split = getattr(ds, 'split_idx', None)
         self.log.note(file=file, error=error, split=split)
         bad,n = self.log.table(split),len(ds)
-        if len(bad)>self.max_share*n:
-            raise CorruptImagesError(f"{len(bad)} images cannot be decoded, more than `max_share={self.max_share}` of {n}:\n" + '\n'.join(f'{o.file}: {o.error}' for o in bad.itertuples()))
+        # One is allowed in the smallest set, unless none is
+        if len(bad)>max(self.max_share*n, self.max_share>0):
+            which = {0:'training ', 1:'validation '}.get(split, '')
+            raise CorruptImagesError(f"{len(bad)} {which}images cannot be decoded, more than `max_share={self.max_share}` of {n}: remove them, or raise `max_share`:\n"
+                                     + '\n'.join(f'{o.file}: {o.error}' for o in bad.itertuples())) from None
 
 class _New:
     "In place of the `new` of `dl`: loaders of the same images skip too"
@@ -239,7 +242,7 @@ class _SkipCorrupt:
 
 def skip_corrupt(
     data:DataBlock|DataLoaders, # Images to be trained on
-    max_share:float=.05, # Stop where more than this fraction of the training (or validation) images is corrupt, in [0,1]
+    max_share:float=.05, # Stop where more than this fraction of the training, or validation, images is corrupt, in [0,1]; above 0 one is always allowed
     _log=None,
 )->DataBlock|DataLoaders: # A `DataBlock` that makes such loaders; or the loaders given, changed
     "An image that cannot be decoded is named, counted, and replaced by the next of its class, in training and validation"

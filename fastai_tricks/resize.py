@@ -69,7 +69,7 @@ def full_share(
     ends = [0,*size_ends(len(sizes), until, hold),1]
     return sum((b-a)*h*w for a,b,(h,w) in zip(ends, ends[1:], [*sizes,full]))/(full[0]*full[1])
 
-# %% ../nbs/11_resize.ipynb #75ccbc97
+# %% ../nbs/11_resize.ipynb #43296966
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _fine_tune_part(opt):
@@ -120,7 +120,7 @@ class ProgressiveResize(Callback):
         mode:str='bilinear', # Interpolation on the device: 'bilinear', 'bicubic', 'area', 'nearest' or 'nearest-exact'; the loader's transforms have their own
         antialias:bool=True, # Filter before shrinking on the device (bilinear and bicubic)
         where:str='auto', # Make images small in the 'loader', from epoch to epoch, or on the 'device', from batch to batch; 'auto': in the loader as far as possible, on the device where `mode` is not 'bilinear'
-        scale_bs:bool=False, # Larger batches of small images: as many pixels as at full size
+        scale_bs:bool=False, # Larger batches of small images: as many pixels as at full size, as far as few images are left over (`scaled_bs`)
         max_bs:int=None, # No batch larger than this, with `scale_bs`
         scale_lr:str='sqrt', # Learning rate of larger batches: times their growth ('linear'), times its root ('sqrt'), or as it is (None)
     ):
@@ -281,15 +281,17 @@ class ProgressiveResize(Callback):
         # Does a size begin within an epoch?
         within = any(abs(e*self.n_epoch - round(e*self.n_epoch))>1e-6 for e in ends)
         place = 'on the device' if not f.loader else 'in the loader, within an epoch on the device' if within else 'in the loader'
-        batches = f"; batches of {', '.join(str(self._bs(self.learn.dl, s)) for s in [*sizes, f.full][:1 if f.frozen else None])}" if self.scale_bs else ''
+        tops = [self._size((i+1)/self.n_epoch - 1e-6, f.full) for i in range(self.n_epoch)]
+        batches = f"; batches of {', '.join(map(str, dict.fromkeys(self._bs(self.learn.dl, s) for s in tops)))}" if self.scale_bs else ''
         return f'ProgressiveResize: {then}, {place}{batches}; about {full_share(sizes, f.full, until, self.hold):.0%} of full-size cost'
 
     def plan(self,
-        full:int|tuple, # Full size: pixels of a square's side, or `(h,w)`
+        full:int|tuple=None, # Full size: pixels of a square's side, or `(h,w)`; default: that of the Learner's training images
         n_epoch:int=1, # Epochs of the fit; of `fine_tune`, those after unfreezing
         freeze_epochs:int=None, # Given: the plan of `fine_tune(n_epoch, freeze_epochs=...)`
     )->pd.DataFrame: # A row a size: `from`, `to` (epochs), `size`, `share` of the cost of a full-size step; `attrs['share']`: that of the whole fit
         "What will be trained at which size, and what it should cost by the pixels"
+        if full is None: full = image_size(self.learn)
         if not isinstance(full, tuple): full = (full,full)
         self.check(full)
         tuning = freeze_epochs is not None

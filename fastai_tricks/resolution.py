@@ -233,7 +233,7 @@ def largest(
         else: hi = mid
     return lo*step
 
-# %% ../nbs/10_resolution.ipynb #ff4ac1cd
+# %% ../nbs/10_resolution.ipynb #9073e34a
 def find_bs(
     learn:Learner, # With the callbacks it will train with: they need memory too
     size:int|tuple=None, # Images of this size, pixels or `(h,w)`; default: as the loader gives them
@@ -242,6 +242,7 @@ def find_bs(
 )->int: # Batch size
     "The largest batch for which forward, backward and optimiser step fit into memory; the Learner stays as it was"
     if not isinstance(learn, Learner): return fastai.torch_core.find_bs(learn) # fastai's function of this name: the size of a batch
+    if max_bs is not None and max_bs<1: raise ValueError(f'`max_bs` must be a whole number, 1 or more, not {max_bs!r}')
     dl = learn.dls.train
     device = next(learn.model.parameters()).device
     if max_bs is None: max_bs = min(getattr(dl, 'n', None) or 1024, 128 if device.type=='cpu' else 1024)

@@ -7,8 +7,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/stages.html.md"""
 # %% auto #0
 __all__ = ['Stage']
 
-# %% ../nbs/12_stages.ipynb #73f6c62d
-import random, time
+# %% ../nbs/12_stages.ipynb #fb89b617
+import time, zlib
 from dataclasses import asdict, dataclass, replace
 import pandas as pd
 from fastai.vision.all import *
@@ -72,7 +72,17 @@ class _LogEpochs(Callback):
         if s.n>=s.done: s.log.append(_plain(list(self.recorder.values[-1])))
         s.n += 1
 
-# %% ../nbs/12_stages.ipynb #6f927b54
+# %% ../nbs/12_stages.ipynb #3ba28092
+def _named_items(dl):
+    "How many items, and which: another split of the same images is another training"
+    items = getattr(dl.dataset, 'items', None)
+    if isinstance(items, pd.DataFrame): which = int(pd.util.hash_pandas_object(items.astype(str), index=False).sum()) & 0xffffffff
+    else:
+        # Folder and name alone: the data may have moved
+        names = ['/'.join(Path(o).parts[-2:]) if isinstance(o, (str,Path)) else str(o) if isinstance(o, (int,np.integer)) else '' for o in ([] if items is None else items)]
+        which = zlib.crc32('\n'.join(names).encode())
+    return f'{len(dl.dataset)} items ({which:08x})'
+
 def _belongs_to(learn, stages):
     "What must be the same for a checkpoint to be taken up"
     opt = learn.opt.opt if isinstance(learn.opt, OptimWrapper) else learn.opt
@@ -82,7 +92,7 @@ def _belongs_to(learn, stages):
         architecture=[[k, list(v.shape)] for k,v in get_model(learn.model).state_dict().items()],
         optimizer=[type(opt).__name__, *steps, f'{len(learn.opt.hypers)} parameter groups'],
         stages=[[f'{k}={name(v)}' for k,v in asdict(s).items()] for s in stages],
-        data=[f'{len(dl.dataset)} items' for dl in learn.dls.loaders if hasattr(dl, 'dataset')])
+        data=[_named_items(dl) for dl in learn.dls.loaders if hasattr(dl, 'dataset')])
 
 def _refuse_other(file, there, here):
     "Raise where the checkpoint in `file` belongs to something else"
@@ -92,7 +102,7 @@ def _refuse_other(file, there, here):
         raise ValueError(f'{str(file)!r} is the checkpoint of a run with other {k}: it has {a}, this Learner {b}. '
                          'Choose another `name`, or delete that file')
 
-# %% ../nbs/12_stages.ipynb #d21e70b8
+# %% ../nbs/12_stages.ipynb #c76c468d
 class _TrainAt(ProgressiveResize):
     "One size throughout"
     def __init__(self, size): super().__init__(sizes=[size], until=1, crop=False)
@@ -111,7 +121,7 @@ def _check_stages(learn, stages, fit, full):
     stages = [replace(s, fit=s.fit or fit) for s in stages]
     dl = learn.dls.train
     for s in stages:
-        _TrainAt(s.size).check(full)
+        _check(all(o<=f for o,f in zip(_hw(s.size, full), full)), 'size', s.size, f'no larger than what the training loader gives, {_px(full)} pixels')
         _check(s.fit=='fine_tune' or not s.freeze_epochs, 'freeze_epochs', s.freeze_epochs, "0 where `fit` is not 'fine_tune'")
         _check(s.bs is None or hasattr(dl, 'fake_l'), 'bs', s.bs, 'left out with PyTorch loaders')
         if s.bs=='pixels': s.bs = scaled_bs(dl.bs, _hw(s.size, full), full, dl.n, drop_last=dl.drop_last)
@@ -131,7 +141,7 @@ def _overview(stages, full, at):
     cost = sum(_cost(s, full)*(s.epochs + s.freeze_epochs) for s in stages)/n
     line = f'fit_stages: {len(stages)} stages, {n} epochs, about {cost:.0%} of the cost at {_px(full)} px'
     if not at['stage'] and not at['log']: return line
-    if at['stage']==len(stages): return f'fit_stages: all {len(stages)} stages are done, their last weights are loaded'
+    if at['stage']==len(stages): return f'fit_stages: all {len(stages)} stages are done, nothing is trained, their last weights are loaded (another `name`, or `resume=False`, starts anew)'
     return f"{line}; going on after {at['stage']} whole stages and {len(at['log'])} epochs"
 
 @patch
@@ -156,6 +166,7 @@ def fit_stages(self:Learner,
             at = saved
             set_state(self, at['state'])
     say(self, _overview(stages, full, at))
+    if self.cbs.filter(risinstance(ProgressiveResize)): say(self, 'fit_stages: the stages say the size, `ProgressiveResize` is set aside')
 
     rows = at['rows']
     def save(**kwargs): save_whole(dict(belongs_to=belongs, rows=rows, state=get_state(self), **kwargs), file)

@@ -218,6 +218,14 @@ def test_share_is_of_each_split(photos):
     with sizes_seen(learn): learn.fit(2)
     assert names(learn, photos)==BAD
 
+def test_one_is_allowed_in_a_small_set(photos):
+    "1 of 8 to validate on is more than a tenth"
+    for f in ('a/0.jpg','a/1.jpg','b/2.jpg'): (photos/'train'/f).unlink()
+    make = lambda share: tiny_learner(skip_corrupt(block(), share).dataloaders(photos, bs=6, num_workers=0, device='cpu'))
+    with sizes_seen(learn := make(.1)): learn.fit(1)
+    assert names(learn, photos)=={'valid/b/1.jpg'}
+    with sizes_seen(learn := make(0)), pytest.raises(CorruptImagesError, match='1 validation images'): learn.fit(1)
+
 def test_errors_of_labels_are_raised_at_once(photos):
     calls = []
     def no_label(f):

@@ -314,6 +314,12 @@ def test_learning_rate_rule(rule, growth, fit):
         assert lr==pytest.approx(near*(growth if pct<.499 else 1), rel=1e-3)
     assert learn.recorder.lrs==pytest.approx(learn.batches.lr)
 
+@pytest.mark.parametrize('epochs,says', [(1,'batches of 8;'), (2,'batches of 32, 8;')])
+def test_says_the_batches_there_will_be(epochs, says, capsys):
+    learn = tiny_learner(n=72, cbs=ProgressiveResize(sizes=[32], until=.5, scale_bs=True))
+    with learn.no_bar(): learn.fit(epochs)
+    assert says in capsys.readouterr().out
+
 def test_rate_is_given_back():
     learn = tiny_learner(n=72, cbs=[ProgressiveResize(sizes=[32], until=1, scale_bs=True, scale_lr='linear')])
     with sizes_seen(learn): learn.fit(1, 1e-2)
@@ -442,6 +448,9 @@ def test_find_bs_measures_the_step_despite_accumulation():
         step(*args)
     learn.opt.step = limit
     with learn.no_logging(): assert find_bs(learn)==16
+
+def test_find_bs_bad_argument():
+    with pytest.raises(ValueError, match='`max_bs`'): find_bs(limited(50), max_bs=0)
 
 def test_other_errors_are_raised():
     learn = limited(50)

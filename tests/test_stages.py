@@ -2,16 +2,20 @@
 import random, subprocess, sys, time
 from functools import partial
 from pathlib import Path
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter
 from fastai.optimizer import OptimWrapper
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
 from fastai.vision.augment import RandomResizedCrop, aug_transforms
 from fastai_tricks.resize import ProgressiveResize
 from fastai_tricks.stages import Stage
-from fastai_tricks.test_utils import tiny_dls, sizes_seen
+from fastai_tricks.test_utils import tiny_dls, tiny_learner, sizes_seen
 from stages_run import STAGES, make_learner
 
 SCRIPT = Path(__file__).with_name('stages_run.py')
@@ -219,6 +223,21 @@ def test_other_checkpoint_refused(whole, resume, other):
         learn.fit_stages(STAGES if other=='architecture' else STAGES[:2] + [Stage(64,3)], resume=resume)
     assert not seen and same(weights(learn), w)
     assert {p:p.read_bytes() for p in (path/'models').iterdir()}==was
+
+def image(i): return PILImage.create(np.full((64,64,3), i, dtype=np.uint8))
+
+def test_another_fold_is_refused(tmp_path):
+    "As many items, but others: going on would validate on what was trained"
+    def fold(valid):
+        block = DataBlock((ImageBlock,CategoryBlock), get_x=image, get_y=lambda i: i%2, splitter=IndexSplitter(valid))
+        learn = tiny_learner(block.dataloaders(list(range(32)), bs=8, num_workers=0, device='cpu'))
+        learn.path = tmp_path
+        return learn
+    with sizes_seen(learn := fold(range(8))): learn.fit_stages([Stage(32,1)])
+    with sizes_seen(learn := fold(range(8,16))) as seen, pytest.raises(ValueError, match='other data'): learn.fit_stages([Stage(32,1)])
+    assert not seen
+    with sizes_seen(learn) as seen: learn.fit_stages([Stage(32,1)], name='fold2')
+    assert seen
 
 def test_two_names_side_by_side(tmp_path):
     fit(make_learner(tmp_path), [Stage(32,1)], name='a')
