@@ -211,6 +211,8 @@ def test_data_frames(photos, blocks, get_y):
     for x,y in seen:
         is_b = y if y.ndim==1 else y[:,1].long()
         assert torch.equal(torch.Tensor((x.float().mean((1,2,3))>.5).float()).long(), torch.Tensor(is_b.float()).long())
+    # Each corrupt one was replaced by one of its class: there are still as many of each
+    assert sum(((y if y.ndim==1 else y[:,1]).sum()).item() for _,y in seen)==24
 
 def test_share_is_of_each_split(photos):
     "3 of 24 to train on and 1 of 8 to validate on are an eighth of each"
