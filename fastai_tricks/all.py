@@ -6,14 +6,17 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 
 # %% auto #0
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
-           'sample_images', 'lite0_weights', 'Stage']
+           'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
+           'zero_gamma']
 
-# %% ../nbs/99_all.ipynb #a12db9e9
+# %% ../nbs/99_all.ipynb #0e8da7dd
 from .files import resized_copies, skip_corrupt, CorruptImagesError
 from .resize import ProgressiveResize
 from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
+from .schedule import linear_scaled_lr, plot_schedule, schedule_table, zero_gamma
 from .stages import Stage
 
-# %% ../nbs/99_all.ipynb #7a7114bb
-_all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage']
+# %% ../nbs/99_all.ipynb #06dd8331
+_all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
+         'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma']

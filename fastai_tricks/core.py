@@ -20,6 +20,11 @@ def is_training(
     "Is this fit one that trains the model for good?"
     return not (learn.lock.locked() or hasattr(learn, 'lr_finder'))
 
+# %% ../nbs/00_core.ipynb #a085c83e
+def _is_int(o): return isinstance(o, (int,np.integer)) and not isinstance(o, bool)
+def _check(ok, name, val, accepted):
+    if not ok: raise ValueError(f'`{name}` must be {accepted}, not {val!r}')
+
 # %% ../nbs/00_core.ipynb #7bdc34c4
 def say(
     learn:Learner, # Its `logger` decides: silent where that is `noop`

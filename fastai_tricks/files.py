@@ -7,11 +7,12 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/files.html.md"""
 # %% auto #0
 __all__ = ['copy_size', 'resized_copies', 'CorruptImagesError', 'broken_image', 'skip_corrupt']
 
-# %% ../nbs/13_files.ipynb #fb9a532c
+# %% ../nbs/13_files.ipynb #ba797fa3
 import json, os, shutil, tempfile, traceback, weakref
 import pandas as pd
 from fastcore.parallel import parallel
 from fastai.vision.all import *
+from .core import _check
 
 # %% ../nbs/13_files.ipynb #34683545
 def copy_size(
@@ -22,7 +23,7 @@ def copy_size(
     ratio = min(1, side/min(wh))
     return tuple(max(1, round(o*ratio)) for o in wh)
 
-# %% ../nbs/13_files.ipynb #c22fd38b
+# %% ../nbs/13_files.ipynb #c1710a91
 def _write(file, mtime_ns, write):
     "`write(path)` a file beside `file`, then put it in its place, with the time of its original"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +73,6 @@ def _copies(name, src, dest, sizes, quality, format, resample):
 _orientation = 274 # The tag of EXIF that says how to turn the picture
 _suffixes = {'JPEG':'.jpg', 'PNG':'.png', 'WEBP':'.webp'}
 def _named(name, format): return name.with_suffix(_suffixes[format]) if format else name
-
-def _check(ok, name, val, accepted):
-    if not ok: raise ValueError(f'`{name}` must be {accepted}, not {val!r}')
 
 def resized_copies(
     src:str|Path, # Folder of images, searched with all its subfolders

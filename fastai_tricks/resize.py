@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/resize.html.md"""
 # %% auto #0
 __all__ = ['small_sizes', 'size_ends', 'size_at', 'full_share', 'image_size', 'ProgressiveResize']
 
-# %% ../nbs/11_resize.ipynb #8db0c494
+# %% ../nbs/11_resize.ipynb #c4bf17f4
 import math, sys
 from functools import partial
 from numbers import Real
@@ -16,8 +16,9 @@ import pandas as pd
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
-from .core import is_training, say, peek
+from .core import is_training, say, peek, _check, _is_int
 from .loader import any_batch_size, at_ratio, scaled_bs, size_set, _SmallLoader, _Shrink, _follows, _fs, _pipe, _split
+import fastai_tricks.schedule # For `Learner.fine_tune_warmup`
 from .resolution import crop_batch, resize_batch, _full, _holds_for_a_part, _is_image, _points
 
 # %% ../nbs/11_resize.ipynb #a6124511
@@ -69,22 +70,20 @@ def full_share(
     ends = [0,*size_ends(len(sizes), until, hold),1]
     return sum((b-a)*h*w for a,b,(h,w) in zip(ends, ends[1:], [*sizes,full]))/(full[0]*full[1])
 
-# %% ../nbs/11_resize.ipynb #43296966
+# %% ../nbs/11_resize.ipynb #65c1bb7d
 def _px(size): return f'{size[0]}' if size[0]==size[1] else f'{size[0]}×{size[1]}'
 
 def _fine_tune_part(opt):
-    "'frozen' or 'unfrozen' where `Learner.fine_tune` runs us, else None: a frozen fit of the user's own has no growing one after it"
+    "'frozen' or 'unfrozen' where `Learner.fine_tune` (or `fine_tune_warmup`) runs us, else None: a frozen fit of the user's own has no growing one after it"
+    tunes,cycles = ([getattr(Learner, n).__code__ for n in o] for o in (('fine_tune','fine_tune_warmup'), ('fit_one_cycle','fit_warmup_one_cycle')))
     f,pct_start = sys._getframe(1),None
-    while f and f.f_code is not Learner.fine_tune.__code__:
-        if f.f_code is Learner.fit_one_cycle.__code__: pct_start = f.f_locals['pct_start']
+    while f and f.f_code not in tunes:
+        if f.f_code in cycles: pct_start = f.f_locals['pct_start']
         f = f.f_back
     if f is None: return None
     # A model of one parameter group cannot freeze: there the first part is known by its schedule alone
     return 'frozen' if opt.frozen_idx>0 or (len(opt.param_lists)==1 and pct_start==.99) else 'unfrozen'
 
-def _is_int(o): return isinstance(o, (int,np.integer)) and not isinstance(o, bool)
-def _check(ok, name, val, accepted):
-    if not ok: raise ValueError(f'`{name}` must be {accepted}, not {val!r}')
 
 _defaults,_tune_defaults = (.5,.75,False),(.75,.8,True) # `start`, `until`, `crop`
 _frozen_cost = 2/3 # A step of frozen layers spares the gradients of their weights: two of three passes

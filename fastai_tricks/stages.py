@@ -7,13 +7,13 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/stages.html.md"""
 # %% auto #0
 __all__ = ['Stage']
 
-# %% ../nbs/12_stages.ipynb #fb89b617
+# %% ../nbs/12_stages.ipynb #4f088408
 import time, zlib
 from dataclasses import asdict, dataclass, replace
 import pandas as pd
 from fastai.vision.all import *
-from .core import get_state, set_state, is_training, say, save_whole, swapped, _plain
-from .resize import ProgressiveResize, image_size, full_share, scaled_bs, _check, _is_int, _shorter, _px
+from .core import get_state, set_state, is_training, say, save_whole, swapped, _plain, _check, _is_int
+from .resize import ProgressiveResize, image_size, full_share, scaled_bs, _shorter, _px
 
 # %% ../nbs/12_stages.ipynb #2fbc8e5e
 _fits = ('one_cycle','fine_tune')
