@@ -21,7 +21,7 @@ from common import environment, photos, write_results
 BASE, BASE_BS = .05, 32 # SGD with momentum .9
 # Batch size, share of the training that is warm-up, zero γ
 VARIANTS = {'usual batch, cosine': (32, 0, False), 'large batch, cosine': (256, 0, False), 'large batch, warm-up': (256, .15, False),
-            'large batch, warm-up, zero γ': (256, .15, True)}
+            'large batch, warm-up, zero γ': (256, .15, True), 'usual batch, zero γ': (32, 0, True)}
 
 def run(name, seed, files, valid, size, epochs):
     bs, warmup, gamma = VARIANTS[name]
@@ -50,7 +50,7 @@ def main():
     a = p.parse_args()
     files, valid = photos(a.data, a.per_class, 8)
     settings = dict(model='torchvision resnet18 from scratch', size=a.size, epochs=a.epochs, train=len(files)-len(valid), valid=len(valid), optimiser='SGD, momentum .9, wd 1e-4',
-                    base=f'{BASE} at batch {BASE_BS}', variants={k: dict(bs=v[0], lr=linear_scaled_lr(v[0], BASE, BASE_BS), warmup=v[1], zero_gamma=v[2]) for k,v in VARIANTS.items()})
+                    base=f'{BASE} at batch {BASE_BS}')
     res = json.loads(a.out.read_text()) if a.out.exists() else dict(environment=environment('torchvision'), settings=settings, runs=[])
     if res['settings']!=settings: raise SystemExit(f'{a.out} holds runs of other settings: delete it, or choose another --out')
     for seed in range(a.seeds):
@@ -60,9 +60,9 @@ def main():
             r = res['runs'][-1]
             print(f"seed {seed}  {name:30} accuracy {r['accuracy']:.3f}  loss {r['valid_loss']:.3f}  largest training loss {r['largest_loss']:.2f}  {r['seconds']:.0f} s", flush=True)
             res['results'] = {}
-            for v in VARIANTS:
+            for v,(bs,warmup,gamma) in VARIANTS.items():
                 acc, loss = ([r[k] for r in res['runs'] if r['variant']==v] for k in ('accuracy','valid_loss'))
-                if acc: res['results'][v] = dict(n=len(acc), accuracy=float(np.mean(acc)), accuracy_sd=float(np.std(acc, ddof=1)) if len(acc)>1 else None, valid_loss=float(np.mean(loss)))
+                if acc: res['results'][v] = dict(bs=bs, lr=linear_scaled_lr(bs, BASE, BASE_BS), warmup=warmup, zero_gamma=gamma, n=len(acc), accuracy=float(np.mean(acc)), accuracy_sd=float(np.std(acc, ddof=1)) if len(acc)>1 else None, valid_loss=float(np.mean(loss)))
             write_results(a.out, res)
 
 if __name__=='__main__':

@@ -7,16 +7,18 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 # %% auto #0
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
-           'zero_gamma']
+           'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report']
 
-# %% ../nbs/99_all.ipynb #0e8da7dd
+# %% ../nbs/99_all.ipynb #461101ab
 from .files import resized_copies, skip_corrupt, CorruptImagesError
+from .precision import ChannelsLastBatch, DeviceMixedPrecision, plot_precision, precision_report
 from .resize import ProgressiveResize
 from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
 from .schedule import linear_scaled_lr, plot_schedule, schedule_table, zero_gamma
 from .stages import Stage
 
-# %% ../nbs/99_all.ipynb #06dd8331
+# %% ../nbs/99_all.ipynb #96701ae4
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
-         'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma']
+         'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
+         'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report']

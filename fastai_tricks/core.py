@@ -41,18 +41,19 @@ def keep_random():
     try: yield
     finally: set_random_states(**states)
 
-# %% ../nbs/00_core.ipynb #3937b97b
+# %% ../nbs/00_core.ipynb #ad0cf446
 def peek(
     dl, # fastai or PyTorch `DataLoader`
-)->tuple: # A batch of one item, `(1,c,h,w)` and targets (a PyTorch loader: its first batch)
+    n:int=1, # Items; fewer where it has no more of them
+)->tuple: # Its first `n` items as a batch, `(n,c,h,w)` and targets (a PyTorch loader: its first batch)
     "What `dl` will deliver, without advancing any random state"
     rng = getattr(dl, 'rng', None)
     with keep_random():
         try:
             if not getattr(dl, 'indexed', False): return next(iter(dl))
             dl.before_iter()
-            item = next(o for o in map(dl.do_item, range(dl.n)) if o is not None)
-            b = dl.do_batch(item if dl.prebatched else [item])
+            items = list(itertools.islice((o for o in map(dl.do_item, range(dl.n)) if o is not None), 1 if dl.prebatched else n))
+            b = dl.do_batch(items[0] if dl.prebatched else items)
             return dl.after_batch(b if dl.device is None else to_device(b, dl.device))
         finally:
             if rng is not None: dl.rng = rng

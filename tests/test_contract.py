@@ -13,7 +13,9 @@ from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 # A new callback gets a line here: all tests below then hold for it, alone and with each of the others
 CALLBACKS = dict(
-    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True))
+    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True),
+    DeviceMixedPrecision=lambda: ft.DeviceMixedPrecision(torch.bfloat16),
+    ChannelsLastBatch=ft.ChannelsLastBatch)
 FASTAI = dict(MixUp=MixUp, CutMix=CutMix, GradientAccumulation=lambda: GradientAccumulation(16), ChannelsLast=ChannelsLast)
 MAKE = {**CALLBACKS, **FASTAI}
 # `Learner` sorts by `order`: with equal ones the order of adding counts
@@ -41,8 +43,8 @@ def snapshot(learn, names):
     res = dict(
         model=id(learn.model), pipes=list(map(repr, pipes)), fs=[[id(f) for f in p.fs] for p in pipes], bs=[dl.bs for dl in dls],
         cbs=sorted(cb.name for cb in learn.cbs), metrics=list(learn.metrics), opt_func=id(learn.opt_func), splitter=id(learn.splitter),
-        # `_fit` is derived anew by each fit, `run` is what fastai sets after it
-        attrs={id(cb):{k:repr(v) for k,v in vars(cb).items() if k not in ('learn','_fit','run')} for cb in learn.cbs if type(cb).__name__ in CALLBACKS},
+        # `_stateattrs` are derived anew by each fit, `run` is what fastai sets after it
+        attrs={id(cb):{k:repr(v) for k,v in vars(cb).items() if k not in ('learn','run',*cb._stateattrs)} for cb in learn.cbs if type(cb).__name__ in CALLBACKS},
         run={cb.name:cb.run for cb in learn.cbs},
         hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in learn.model.modules()],
         requires_grad=[p.requires_grad for p in learn.model.parameters()])
@@ -92,7 +94,8 @@ def test_leaves_learner_as_found(names, ex, tmp_path, recwarn):
         expected = learn.predict(3)[2]
         learn.export('l.pkl')
         loaded = load_learner(tmp_path/'l.pkl')
-        with loaded.no_bar(): assert torch.allclose(loaded.predict(3)[2], expected, atol=1e-6)
+        # Loading may choose another kernel, which rounds to 8 bits elsewhere
+        with loaded.no_bar(): assert torch.allclose(loaded.predict(3)[2], expected, atol=.01 if 'DeviceMixedPrecision' in names else 1e-6)
     assert snapshot(learn, names)==was
     assert not [w for w in recwarn if 'shadowing' in str(w.message)]
 
