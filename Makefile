@@ -21,12 +21,15 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurements: decoding and loading, from scratch (half an hour), and with DATA=folder of a folder per class fine-tuning (longer)
+bench: .venv/ok ## the measurements: decoding and loading, precision, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning and warm-up (longer)
 	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/progressive_resize.py --regime batches
 	$(PY) benchmarks/progressive_resize.py --regime scratch
+	$(PY) benchmarks/precision.py speed
+	$(PY) benchmarks/precision.py accuracy
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/warmup.py --data "$(DATA)")
 
 clean:
 	rm -rf .venv build dist demo *.egg-info

@@ -101,7 +101,7 @@ class ChannelsLastBatch(ChannelsLast):
     "fastai's `ChannelsLast`, for the batch too"
     def before_batch(self): self.learn.xb = tuple(map(_last, self.xb))
 
-# %% ../nbs/30_precision.ipynb #0521487c
+# %% ../nbs/30_precision.ipynb #0a29b07f
 _short = {torch.float32:'fp32', torch.bfloat16:'bf16', torch.float16:'fp16'}
 
 @dataclass(frozen=True)
@@ -149,17 +149,23 @@ class _Clock:
         torch.manual_seed(0)
         return step,step()
 
-    def too_slow(self, v, n=4):
+    def too_slow(self, v, n=2):
         "Is `v` hopeless already on `n` images? Then that ratio is all there is of it"
         few = _cut(self.xb, n),_cut(self.yb, n)
-        a,b = (min(_seconds(s) for _ in range(2)) for s in (self._step(o, *few)[0] for o in (_Variant(),v)))
-        if b<_slow*a: return False
+        fp32,half = (_stepper(self.learn, *few, o) for o in (_Variant(),v))
+        a,b = min(_seconds(fp32) for _ in range(2)),_seconds(half)
+        if b>_slow*a and b<3*_slow*a: b = min(b, _seconds(half)) # The first step allocates, too
+        if b<=_slow*a: return False
         self.ratio[v],self.notes[v] = a/b,f'too slow: timed on {n} images only'
         return True
 
     def start(self, v, losses=3):
         "Make `v` ready; False, with a note, where it cannot run here"
         try:
+            plain = next((o for o in (replace(v, compiled=False), replace(v, channels_last=False, compiled=False)) if o!=v and o not in self.live), None)
+            if plain:
+                self.notes[v] = f'not tried: see {plain}'
+                return False
             if not v.compiled and v.dtype!=torch.float32 and self.too_slow(v): return False
             t = time.perf_counter()
             step,first_loss = self._step(v)
@@ -245,7 +251,7 @@ def from_mixed(self:Learner):
     if self.cbs.filter(risinstance(ChannelsLast)): self.to_contiguous()
     return self.remove_cbs([MixedPrecision, ChannelsLast])
 
-# %% ../nbs/30_precision.ipynb #fee9e224
+# %% ../nbs/30_precision.ipynb #7b7f4a04
 def _peak_mb(step, device):
     "Memory that one step holds at most, above what was held before it, MB as PyTorch's allocator counts it"
     if device.type=='cuda':
@@ -302,9 +308,7 @@ def precision_report(
             peak = {}
             for v in variants:
                 next(ticks, None)
-                plain = replace(v, compiled=False)
-                if v.compiled and plain not in clock.live: clock.notes[v] = f'not tried: see {plain}'
-                elif clock.start(v): peak[v] = _peak_mb(clock.live[v], device)
+                if clock.start(v): peak[v] = _peak_mb(clock.live[v], device)
                 elif v==_Variant(): raise RuntimeError(f'not even fp32 trains here: {clock.notes[v]}')
             n_steps = max(1, math.ceil(.3/_seconds(clock.live[_Variant()])))
             for _ in range(turns):
