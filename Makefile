@@ -27,8 +27,8 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, from scrat
 	$(PY) benchmarks/progressive_resize.py --regime batches
 	$(PY) benchmarks/progressive_resize.py --regime scratch
 	$(PY) benchmarks/precision.py speed
-	$(PY) benchmarks/precision.py accuracy
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/precision.py accuracy --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/warmup.py --data "$(DATA)")
 
 clean:

@@ -1,7 +1,7 @@
 """What `to_mixed` chooses on this machine and whether that is faster, and what bf16 does to a fine-tuned network
 
     python benchmarks/precision.py speed        training steps of four networks at 128 and 224 px, each precision in turn
-    python benchmarks/precision.py accuracy     fp32 against bf16 after the same epochs, on the embedded pictures
+    python benchmarks/precision.py accuracy --data PATH     fp32 against bf16 after the same epochs, on the first classes of a folder per class
 """
 import argparse, io, json, re, time
 from contextlib import redirect_stdout
@@ -33,7 +33,7 @@ def speed(a):
             began = time.perf_counter()
             with redirect_stdout(out): learn.to_mixed()
             seconds, said = time.perf_counter()-began, re.sub(r'\s+', ' ', out.getvalue()).strip()
-            dtype, last = ('bf16' if hasattr(learn, 'device_mixed_precision') else 'fp32'), hasattr(learn, 'channels_last_batch')
+            dtype, last = ('bf16' if hasattr(learn, 'mixed_precision') else 'fp32'), hasattr(learn, 'channels_last')
             learn.from_mixed()
             with learn.no_logging(): df = precision_report(learn, turns=a.turns, compile=False, plot=False)
             row = df[(df['dtype']==dtype) & (df['channels_last']==last)].iloc[0]
@@ -52,27 +52,34 @@ def fine_tune(dtype, seed, files, valid, a):
     return float(learn.recorder.values[-1][2]), float(learn.recorder.values[-1][1])
 
 def compare(a):
-    files, valid = photos(sample_images(), 10, 9)
+    files, valid = photos(a.data, a.per_class, a.per_class)
+    classes = sorted({f.parent.name for f in files})[:a.classes]
+    keep = [i for i,f in enumerate(files) if f.parent.name in classes]
+    files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
     runs = []
     for seed in range(a.seeds):
         acc = {k: fine_tune(d, seed, files, valid, a) for k,d in (('fp32',None), ('bf16',torch.bfloat16))}
         runs.append(dict(seed=seed, **{f'{k}_accuracy': v[0] for k,v in acc.items()}, **{f'{k}_valid_loss': v[1] for k,v in acc.items()}))
         print(runs[-1], flush=True)
         diff = 100*np.array([r['bf16_accuracy']-r['fp32_accuracy'] for r in runs])
-        save('accuracy', dict(settings=dict(model='tf_efficientnet_lite0, ImageNet weights', size=a.size, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid)), runs=runs,
+        save('accuracy', dict(settings=dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=a.classes, size=a.size, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid)), runs=runs,
              results=dict(n=len(runs), points=float(diff.mean()), points_sd=float(diff.std(ddof=1)) if len(runs)>1 else None, fp32=float(np.mean([r['fp32_accuracy'] for r in runs])))))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('part', choices=['speed','accuracy'])
+    p.add_argument('--data', help='a folder per class')
+    p.add_argument('--classes', type=int, default=24)
+    p.add_argument('--per-class', type=int, default=12)
     p.add_argument('--models', nargs='*', default=MODELS)
     p.add_argument('--sizes', nargs='*', type=int, default=[128,224])
     p.add_argument('--bs', type=int, default=8)
     p.add_argument('--turns', type=int, default=7)
-    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--seeds', type=int, default=4)
     p.add_argument('--epochs', type=int, default=3)
     p.add_argument('--size', type=int, default=64)
     a = p.parse_args()
+    if a.part=='accuracy' and not a.data: p.error('accuracy needs --data: a folder per class')
     (speed if a.part=='speed' else compare)(a)
 
 if __name__=='__main__':

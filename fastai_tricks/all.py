@@ -9,9 +9,10 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
            'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report']
 
-# %% ../nbs/99_all.ipynb #461101ab
+# %% ../nbs/99_all.ipynb #10d24541
 from .files import resized_copies, skip_corrupt, CorruptImagesError
-from .precision import ChannelsLastBatch, DeviceMixedPrecision, plot_precision, precision_report
+from .precision import ChannelsLastBatch, DeviceMixedPrecision
+from .precision_report import plot_precision, precision_report
 from .resize import ProgressiveResize
 from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights

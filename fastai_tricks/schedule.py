@@ -8,9 +8,10 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/schedule.html.md"""
 __all__ = ['warmup_iters', 'chain_scheds', 'warmup_one_cycle', 'warmup_cos', 'schedule_table', 'plot_schedule',
            'linear_scaled_lr', 'zero_gamma']
 
-# %% ../nbs/50_schedule.ipynb #86a29e04
+# %% ../nbs/50_schedule.ipynb #24188e05
 import math, re
-from collections import namedtuple
+from contextlib import contextmanager
+from copy import deepcopy
 from numbers import Real
 import pandas as pd
 from fastai.vision.all import *
@@ -70,23 +71,39 @@ def warmup_cos(
     if start<share-1e-9: return lr*min(end/share, 1.)
     return lr*.5*(1+math.cos(math.pi*max(start-share, 0.)/(1-share)))
 
-# %% ../nbs/50_schedule.ipynb #5f727d59
+# %% ../nbs/50_schedule.ipynb #a91c001d
 class _WarmupCos(ParamScheduler):
     "`warmup_cos`, which asks where a batch ends as well as where it begins"
     def __init__(self, share, lr): super().__init__({'lr':partial(warmup_cos, share=share, lr=lr)})
     def before_batch(self): self._update_val((self.pct_train, self.pct_train + 1/(self.n_iter*self.n_epoch)))
     def _update_val(self, pos): self.opt.set_hyper('lr', self.scheds['lr'](*pos))
 
-def _check_fit(n_epoch, start_epoch=0, **above):
+def _check_fit(n_epoch, start_epoch=0):
     _check(_is_int(n_epoch) and n_epoch>0, 'n_epoch', n_epoch, 'a whole number, 1 or more')
     _check(_is_int(start_epoch) and 0<=start_epoch<=n_epoch, 'start_epoch', start_epoch, f'a whole number from 0 to the {n_epoch} epochs')
-    for k,v in above.items(): _check(isinstance(v, Real) and v>0, k, v, 'above 0')
+
+def _n_iter(learn):
+    try: return len(learn.dls.train)
+    except TypeError: raise ValueError('a schedule needs a training loader of known length') from None
 
 def _rates(learn, lr):
     "A rate for each group of parameters"
     if learn.opt is None: learn.create_opt()
+    n = len(learn.opt.hypers)
+    if isinstance(lr, (Tensor,np.ndarray,np.generic)): lr = lr.tolist()
+    each = isinstance(lr, (list,tuple,L))
+    ends = [lr.start,lr.stop] if isinstance(lr, slice) else lr if each else [lr]
+    ok = all(isinstance(o, Real) and 0<o<math.inf for o in ends if o is not None) and (not isinstance(lr, slice) or lr.stop is not None) and (not each or len(lr)==n)
+    _check(ok, 'lr', lr, f'a rate above 0, a `slice` of such, or one for each of the {n} groups of parameters')
     learn.opt.set_hyper('lr', learn.lr if lr is None else lr)
     return np.array([h['lr'] for h in learn.opt.hypers])
+
+def _check_cycle(**kw):
+    "The one-cycle's own arguments, before anything is trained"
+    for k,v in kw.items():
+        if k in ('warmup_start','pct_start'): _check(isinstance(v, Real) and 0<=v<=1, k, v, 'a fraction in [0,1]')
+        elif k=='moms': _check(v is None or (is_listy(v) and len(v)==3), k, v, 'three momenta: at the beginning, at `lr_max`, at the end')
+        elif k in ('div','div_final'): _check(isinstance(v, Real) and v>0, k, v, 'above 0')
 
 @patch
 def fit_warmup_one_cycle(self:Learner,
@@ -104,11 +121,14 @@ def fit_warmup_one_cycle(self:Learner,
     start_epoch:int=0, # Epochs that were done before
 ):
     "A linear warm-up to where the one-cycle begins, then fastai's one-cycle over the rest of `n_epoch`"
-    _check_fit(n_epoch, start_epoch, div=div, div_final=div_final)
-    for k,v in dict(warmup_start=warmup_start, pct_start=pct_start).items(): _check(isinstance(v, Real) and 0<=v<=1, k, v, 'a fraction in [0,1]')
-    n_iter = len(self.dls.train)
-    share = warmup_iters(warmup, n_epoch, n_iter)/max(1, n_epoch*n_iter)
-    scheds = warmup_one_cycle(share, _rates(self, lr_max), warmup_start, div, div_final, pct_start, self.moms if moms is None else moms)
+    moms = self.moms if moms is None else moms
+    _check_fit(n_epoch, start_epoch)
+    _check_cycle(warmup_start=warmup_start, div=div, div_final=div_final, pct_start=pct_start, moms=moms)
+    n_iter = _n_iter(self)
+    share,lr_max = warmup_iters(warmup, n_epoch, n_iter)/max(1, n_epoch*n_iter),_rates(self, lr_max)
+    has_mom = moms is not None and 'mom' in self.opt.hypers[-1]
+    scheds = warmup_one_cycle(share, lr_max, warmup_start, div, div_final, pct_start, moms if has_mom else (0,0,0))
+    if not has_mom: del scheds['mom']
     self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 @patch
@@ -123,9 +143,20 @@ def fit_warmup_cos(self:Learner,
 ):
     "Bag of Tricks' schedule: i·η/m in the m batches of the warm-up, then ½(1+cos(tπ/T))η; momentum stays as it is"
     _check_fit(n_epoch, start_epoch)
-    n_iter = len(self.dls.train)
+    n_iter = _n_iter(self)
     share = warmup_iters(warmup, n_epoch, n_iter)/max(1, n_epoch*n_iter)
     self.fit(n_epoch, cbs=_WarmupCos(share, _rates(self, lr))+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+
+@contextmanager
+def _state_kept(learn, keep):
+    "Freezing clears the optimiser's averages: right between the parts, wrong where a part goes on"
+    if learn.opt is None or not keep:
+        yield
+        return
+    opt = learn.opt.opt if isinstance(learn.opt, OptimWrapper) else learn.opt
+    state = {p:dict(o) for p,o in opt.state.items()}
+    yield
+    for p,o in state.items(): opt.state[p] = o
 
 @patch
 @delegates(Learner.fit_warmup_one_cycle)
@@ -141,57 +172,66 @@ def fine_tune_warmup(self:Learner,
     **kwargs
 ):
     "fastai's `fine_tune` with a warm-up in the frozen part and one after unfreezing"
-    _check_fit(epochs, lr_mult=lr_mult)
+    # All of it before the first part has trained for nothing
+    _check_fit(epochs)
     _check(_is_int(freeze_epochs) and freeze_epochs>=0, 'freeze_epochs', freeze_epochs, 'a whole number, 0 or more')
     _check(_is_int(start_epoch) and 0<=start_epoch<=epochs+freeze_epochs, 'start_epoch', start_epoch, f'a whole number from 0 to the {epochs+freeze_epochs} epochs')
-    for n in filter(None, (freeze_epochs,epochs)): warmup_iters(warmup, n, len(self.dls.train)) # Before the first part has trained for nothing
-    self.freeze()
+    for k,v in dict(base_lr=base_lr, lr_mult=lr_mult).items(): _check(isinstance(v, Real) and 0<v<math.inf, k, v, 'above 0')
+    _check_cycle(pct_start=pct_start, div=div, **kwargs)
+    for n in ([freeze_epochs] if start_epoch<freeze_epochs else []) + [epochs]: warmup_iters(warmup, n, _n_iter(self))
+    with _state_kept(self, start_epoch!=freeze_epochs and start_epoch>0): self.freeze()
     if start_epoch<freeze_epochs: self.fit_warmup_one_cycle(freeze_epochs, slice(base_lr), warmup, pct_start=.99, start_epoch=start_epoch, **kwargs)
     base_lr /= 2
-    self.unfreeze()
+    with _state_kept(self, start_epoch>freeze_epochs): self.unfreeze()
     self.fit_warmup_one_cycle(epochs, slice(base_lr/lr_mult, base_lr), warmup, pct_start=pct_start, div=div, start_epoch=max(0, start_epoch-freeze_epochs), **kwargs)
 
-# %% ../nbs/50_schedule.ipynb #209bdff2
+# %% ../nbs/50_schedule.ipynb #03a8d96a
 def _planned(fit, args, kwargs):
-    "The `(n_epoch, start_epoch, scheduler)` of each part that `fit` would train; the Learner is as before"
+    "The `(n_epoch, start_epoch, schedulers, hyperparameters)` of each part that `fit` would train; the Learner is as before"
     learn,parts = fit.__self__,[]
-    # An optimiser for the purpose: freezing clears its state
-    opt,learn.opt = learn.opt,None
-    learn.create_opt()
-    if opt is not None:
-        learn.opt.frozen_idx = opt.frozen_idx
-        for h,o in zip(learn.opt.hypers, opt.hypers): h.update(o)
+    def hypers(): return [dict(h) for h in learn.opt.hypers]
+    def note(n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        if reset_opt: learn.create_opt()
+        if wd is not None: learn.opt.set_hyper('wd', wd)
+        learn.opt.set_hyper('lr', learn.lr if lr is None else lr)
+        parts.append((n_epoch, start_epoch, (learn.cbs+L(cbs)).filter(risinstance(ParamScheduler)).sorted('order'), hypers()))
+    was = {k:v for k,v in vars(learn).items() if k in ('fit','opt','opt_func','lr')}
     requires_grad = [p.requires_grad for p in learn.model.parameters()]
-    def note(n_epoch, lr=None, cbs=None, start_epoch=0, **_):
-        if lr is not None: learn.opt.set_hyper('lr', lr)
-        sched = next((cb for cb in L(cbs) if isinstance(cb, ParamScheduler)), None)
-        parts.append((n_epoch, start_epoch, sched, [dict(h) for h in learn.opt.hypers]))
-    learn.fit = note
-    try: (note if fit.__func__ is Learner.fit else fit)(*args, **kwargs)
+    try:
+        # An optimiser for the purpose: freezing clears its state
+        if isinstance(learn.opt_func, OptimWrapper): learn.opt_func = deepcopy(learn.opt_func)
+        learn.create_opt()
+        if was['opt'] is not None:
+            learn.opt.frozen_idx = was['opt'].frozen_idx
+            for k in was['opt'].hypers[0]: learn.opt.set_hyper(k, L(was['opt'].hypers).itemgot(k))
+        learn.lr,learn.fit = was['lr'],note
+        (note if fit.__name__=='fit' else fit)(*args, **kwargs)
     finally:
-        del learn.fit
+        vars(learn).pop('fit', None)
+        vars(learn).update(was)
         for p,o in zip(learn.model.parameters(), requires_grad): p.requires_grad_(o)
-        learn.opt = opt
     return parts
 
 def schedule_table(
     fit, # A method of a Learner that trains with a schedule: `learn.fit_one_cycle`, `learn.fine_tune_warmup`, ...
     *args, # Its arguments
     **kwargs
-)->pd.DataFrame: # A row a batch: `epoch` (fraction), `lr` (last group of parameters), `lr_0`, `lr_1`, ... where rates differ, `mom`
+)->pd.DataFrame: # A row a batch: `epoch` (fraction), `lr` (last group of parameters), `mom`, and `lr_0`, `lr_1`, ... where rates differ
     "What `fit(*args, **kwargs)` would train with, batch by batch; nothing is trained, nothing changed"
-    _check(isinstance(getattr(fit, '__self__', None), Learner), 'fit', fit, 'a method of a Learner, such as `learn.fit_one_cycle`')
-    rows,done,n_iter = [],0,len(fit.__self__.dls.train)
-    for n_epoch,start_epoch,sched,hypers in _planned(fit, args, kwargs):
+    name = getattr(fit, '__name__', '')
+    _check(isinstance(getattr(fit, '__self__', None), Learner) and name.startswith(('fit','fine_tune')) and name!='fit_stages', 'fit', fit,
+           'a method of a Learner that fits by one schedule, such as `learn.fit_one_cycle` or `learn.fine_tune_warmup`')
+    rows,done,n_iter = [],0,_n_iter(fit.__self__)
+    for n_epoch,start_epoch,scheds,hypers in _planned(fit, args, kwargs):
         for i in range(start_epoch*n_iter, n_epoch*n_iter):
             pct,at = i/(n_epoch*n_iter),{k:[h.get(k) for h in hypers] for k in ('lr','mom')}
-            for k,f in (sched.scheds if sched else {}).items():
-                v = f(pct, pct + 1/(n_epoch*n_iter)) if isinstance(sched, _WarmupCos) else [o(pct) for o in f] if is_listy(f) else f(pct)
-                at[k] = np.broadcast_to(v, len(hypers))
-            lrs = {f'lr_{j}':float(o) for j,o in enumerate(at['lr'])}
-            rows.append({'epoch':done+i/n_iter, 'lr':lrs[f'lr_{len(hypers)-1}'], **lrs, 'mom':at['mom'][-1]})
+            for sched in scheds:
+                for k,f in sched.scheds.items():
+                    v = f(pct, pct + 1/(n_epoch*n_iter)) if isinstance(sched, _WarmupCos) else [o(pct) for o in f] if is_listy(f) else f(pct)
+                    at[k] = np.broadcast_to(v, len(hypers))
+            rows.append({'epoch':done+i/n_iter, 'lr':at['lr'][-1], 'mom':at['mom'][-1], **{f'lr_{j}':float(o) for j,o in enumerate(at['lr'])}})
         done += n_epoch
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame(rows) if rows else pd.DataFrame(columns=['epoch','lr','mom'])
     groups = [c for c in df if c.startswith('lr_')]
     return df.drop(columns=[c for c in groups if all(df[c].equals(df['lr']) for c in groups)])
 
@@ -220,7 +260,7 @@ def linear_scaled_lr(
     for k,v in dict(bs=bs, base=base, base_bs=base_bs).items(): _check(isinstance(v, Real) and v>0, k, v, 'above 0')
     return base*bs/base_bs
 
-# %% ../nbs/50_schedule.ipynb #9582ea46
+# %% ../nbs/50_schedule.ipynb #99b02973
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 def _branch_end(m):
@@ -243,7 +283,7 @@ def _zero_scale(m):
         ends = L(_branch_end(m)).filter(lambda o: o is not None and o.weight is not None)
         for o in ends: nn.init.zeros_(o.weight)
     for o in ends:
-        if isinstance(o.bias, Tensor): nn.init.zeros_(o.bias)
+        if isinstance(getattr(o, 'bias', None), Tensor): nn.init.zeros_(o.bias)
     return bool(ends)
 
 def zero_gamma(

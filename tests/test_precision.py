@@ -6,10 +6,13 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.data.all import DataBlock, DataLoaders, RandomSplitter, TfmdDL, get_image_files
+from fastai.vision.all import ImageBlock, MaskBlock, Resize, np, resnet18, unet_learner
 from fastai.optimizer import SGD
 import fastai_tricks.all as ft
-from fastai_tricks import precision as P
+from fastai_tricks import precision as P, precision_report as R
 from fastai_tricks.core import get_state
 from fastai_tricks.test_utils import tiny_dls, tiny_learner
 
@@ -154,20 +157,43 @@ def test_the_batch_follows_channels_last():
     with quiet(learn): learn.to_mixed(BF16, channels_last=True).fit(1, cbs=ft.ProgressiveResize(start=32, mult=8))
     assert set(seen)=={(True,True)}
 
-def test_an_exported_learner_predicts_without_such_a_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize('dtype', [BF16,FP16])
+def test_an_exported_learner_predicts_in_fp32_on_a_cpu(dtype, tmp_path):
     learn = tiny_learner()
     learn.path = tmp_path
-    monkeypatch.setattr(P, 'half_dtype', lambda d: (BF16,'units'))
-    monkeypatch.setattr(P, '_choose', lambda learn, dtype, bs, **kw: (P._Variant(dtype),[2.],bs))
     seen = dtypes_seen(learn)
     with quiet(learn):
-        learn.to_mixed().fit(1)
-        assert seen[-1][1]==BF16
+        learn.to_mixed(dtype, channels_last=True).fit(1)
+        learn.predict(3)
+        assert seen[-1][1]==dtype
+        learn.model._forward_hooks.clear()
         learn.export('l.pkl')
         expected = learn.from_mixed().predict(3)[2]
-    monkeypatch.setattr(P, 'half_dtype', lambda d: (None,'none'))
     loaded = load_learner(tmp_path/'l.pkl')
-    with loaded.no_bar(): assert torch.equal(loaded.predict(3)[2], expected)
+    assert not loaded.cbs.filter(lambda o: isinstance(o, (MixedPrecision,ChannelsLast)))
+    with loaded.no_bar(): assert torch.allclose(loaded.predict(3)[2], expected, atol=1e-6)
+
+def test_each_call_in_a_batch_is_under_autocast():
+    "Consistency and adversarial losses call the model from a callback"
+    class Aux(Callback):
+        order = 20
+        def before_batch(self): self.model(self.xb[0].flip(-1))
+        def after_pred(self): self.model(self.xb[0])
+    learn = tiny_learner(cbs=Aux())
+    seen = dtypes_seen(learn)
+    with quiet(learn): learn.to_mixed(BF16).fit(1)
+    assert len(seen)==12 and {d for _,d in seen}=={BF16} and autocast_is_off(learn)
+
+def test_fastai_knows_it_by_name():
+    learn = tiny_learner().to_mixed(BF16, channels_last=True)
+    learn.to_channelslast()
+    assert len(learn.cbs.filter(lambda o: isinstance(o, (MixedPrecision,ChannelsLast))))==2
+
+def test_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *a, **kw: False)
+    assert not P._works(torch.device('cuda'), BF16) and P._works(torch.device('cuda'), FP16) and P._works(torch.device('cpu'), BF16)
+    monkeypatch.setattr(P, '_device', lambda learn: torch.device('cuda'))
+    with pytest.raises(ValueError, match='this GPU has no bf16'): tiny_learner().to_mixed(BF16)
 
 @pytest.mark.parametrize('bf16,expected', [(True,BF16),(False,FP16)])
 def test_the_rule_on_gpus(bf16, expected, monkeypatch):
@@ -198,23 +224,108 @@ def with_speeds(monkeypatch, speeds):
     ({'fp32':1, 'fp32, channels_last':1.01, 'bf16':1.5, 'bf16, channels_last':1.2}, BF16, False, 'bf16: this CPU has units; 1.50 times'),
     ({'fp32':1, 'fp32, channels_last':1.2, 'bf16':.9, 'bf16, channels_last':1.1}, None, True, 'stays in fp32 with channels_last: this CPU has units; bf16 was not faster; 1.20 times'),
     ({'fp32':1, 'fp32, channels_last':.9, 'bf16':.9, 'bf16, channels_last':1.04}, None, False, 'stays in fp32: this CPU has units; bf16 was not faster'),
-    ({'fp32':1, 'fp32, channels_last':.9, 'bf16':.04, 'bf16, channels_last':.04}, None, False, 'stays in fp32: this CPU has units; bf16 was not faster')])
+    ({'fp32':1, 'fp32, channels_last':.9, 'bf16':.04, 'bf16, channels_last':.04}, None, False, 'stays in fp32: this CPU has units; bf16 was not faster (too slow: timed on 2 images only); channels_last gains nothing')])
 def test_it_chooses_what_was_faster(speeds, dtype, last, said, monkeypatch, capsys):
     monkeypatch.setattr(P, 'half_dtype', lambda d: (BF16,'this CPU has units'))
     with_speeds(monkeypatch, speeds)
     learn = tiny_learner()
     learn.to_mixed()
-    assert hasattr(learn, 'device_mixed_precision')==(dtype is not None) and hasattr(learn, 'channels_last_batch')==last
+    assert hasattr(learn, 'mixed_precision')==(dtype is not None) and hasattr(learn, 'channels_last')==last
     assert said in capsys.readouterr().out
     seen = dtypes_seen(learn)
     with quiet(learn): learn.fit(1)
     assert {d for _,d in seen}=={dtype or torch.float32}
 
+@pytest.mark.parametrize('speeds,channels_last,dtype,said', [
+    ({'fp32':1, 'bf16':.5}, False, None, 'stays in fp32: this CPU has units; bf16 was not faster'),
+    ({'fp32':1, 'fp32, channels_last':1.1, 'bf16':1.5, 'bf16, channels_last':.3}, True, None, 'stays in fp32 with channels_last: this CPU has units; bf16 was not faster; 1.10 times'),
+    ({'fp32':1, 'fp32, channels_last':.8, 'bf16':.5, 'bf16, channels_last':1.5}, True, BF16, 'bf16 with channels_last: this CPU has units; 1.50 times')])
+def test_a_layout_that_is_given_is_the_one_measured(speeds, channels_last, dtype, said, monkeypatch, capsys):
+    monkeypatch.setattr(P, 'half_dtype', lambda d: (BF16,'this CPU has units'))
+    with_speeds(monkeypatch, speeds)
+    learn = tiny_learner().to_mixed(channels_last=channels_last)
+    assert hasattr(learn, 'mixed_precision')==(dtype is not None) and hasattr(learn, 'channels_last')==channels_last
+    assert said in capsys.readouterr().out
+
+def test_the_cost_of_a_first_step_does_not_count(monkeypatch, capsys):
+    monkeypatch.setattr(P, 'half_dtype', lambda d: (BF16,'units'))
+    clock, stepper, first = [0.], P._stepper, []
+    monkeypatch.setattr(P.time, 'perf_counter', lambda: clock[0])
+    def slow(learn, xb, yb, v):
+        step = stepper(learn, xb, yb, v)
+        def timed():
+            if v.dtype==BF16 and not first: first.append(clock.__setitem__(0, clock[0]+3))
+            clock[0] += .005 if v.dtype==BF16 else .01
+            return step()
+        return timed
+    monkeypatch.setattr(P, '_stepper', slow)
+    tiny_learner().to_mixed()
+    assert 'to_mixed: bf16: units; 2.00 times' in capsys.readouterr().out
+
+def test_what_fails_in_the_timing_is_said(capsys):
+    learn = tiny_learner()
+    def loss(p, y): raise KeyError('boom')
+    learn.loss_func = loss
+    learn.to_mixed()
+    assert 'stays in fp32' in (out := capsys.readouterr().out) and 'the timing failed' in out and 'boom' in out
+
+def test_too_large_a_batch_is_halved(monkeypatch):
+    stepper, sizes = P._stepper, []
+    def small(learn, xb, yb, v):
+        sizes.append(len(xb[0]))
+        if len(xb[0])>10: raise torch.OutOfMemoryError('out of memory')
+        return stepper(learn, xb, yb, v)
+    monkeypatch.setattr(P, '_stepper', small)
+    v,_ = P._choose(tiny_learner(bs=16), None, None, 24)
+    assert 24 in sizes and 12 in sizes and sizes[-1]<=10
+
+def test_an_interrupt_keeps_the_former_precision(monkeypatch):
+    learn = tiny_learner().to_mixed(BF16)
+    def interrupt(*a, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(P, '_choose', interrupt)
+    with pytest.raises(KeyboardInterrupt): learn.to_mixed()
+    assert learn.mixed_precision.dtype==BF16
+
+def test_the_learners_own_loss_is_not_called(capsys):
+    learn, calls = tiny_learner(), []
+    class Loss(torch.nn.CrossEntropyLoss):
+        def forward(self, *a):
+            calls.append(self)
+            return super().forward(*a)
+    learn.loss_func = Loss()
+    learn.to_mixed()
+    assert calls and learn.loss_func not in calls
+
+def test_without_images_channels_last_is_not_tried(capsys):
+    x = torch.rand(40, 8)
+    ds = [[(x[i], (x[i].sum()>4).long()) for i in o] for o in (range(32), range(32,40))]
+    learn = Learner(DataLoaders(*(TfmdDL(d, bs=8) for d in ds)), torch.nn.Linear(8, 2), loss_func=CrossEntropyLossFlat())
+    learn.to_mixed()
+    assert 'channels_last' not in capsys.readouterr().out and not hasattr(learn, 'channels_last')
+    with pytest.raises(ValueError, match='an input of images'): ft.precision_report(learn)
+
+def test_a_u_net_after_lr_find(tmp_path):
+    files = get_image_files(ft.sample_images())[:16]
+    block = DataBlock((ImageBlock, MaskBlock(codes=['a','b'])), get_y=lambda f: np.zeros((48,48), dtype=np.uint8), splitter=RandomSplitter(seed=1), item_tfms=Resize(32))
+    learn = unet_learner(block.dataloaders(files, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, n_out=2)
+    learn.path = tmp_path
+    with quiet(learn):
+        learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+        df = ft.precision_report(learn, compile=False, turns=1, dtypes=(), plot=False)
+    assert list(df['n'])==[1,1]
+
+def test_pytorchs_loaders(capsys):
+    data = [(torch.rand(3,32,32), i%2) for i in range(24)]
+    dls = DataLoaders(*(torch.utils.data.DataLoader(data, batch_size=6) for _ in range(2)))
+    learn = Learner(dls, tiny_learner().model, loss_func=CrossEntropyLossFlat())
+    learn.to_mixed()
+    assert 'the timing failed' not in capsys.readouterr().out
+
 def test_without_units_nothing_is_tried_but_channels_last(monkeypatch, capsys):
     monkeypatch.setattr(P, 'half_dtype', lambda d: (None,'this CPU has no bf16 units'))
     with_speeds(monkeypatch, {'fp32':1, 'fp32, channels_last':1})
     learn = tiny_learner().to_mixed()
-    assert not hasattr(learn, 'device_mixed_precision') and not hasattr(learn, 'channels_last_batch')
+    assert not hasattr(learn, 'mixed_precision') and not hasattr(learn, 'channels_last')
     assert 'to_mixed: stays in fp32: this CPU has no bf16 units; channels_last gains nothing' in capsys.readouterr().out
 
 def untouched(learn):
@@ -245,6 +356,7 @@ def test_measuring_leaves_the_learner_as_it_was(look):
 
 def test_report(monkeypatch):
     learn = tiny_learner()
+    monkeypatch.setattr(R, 'half_dtype', lambda d: (BF16,''))
     with_speeds(monkeypatch, {'fp32':1, 'fp32, channels_last':1.25, 'bf16':.1, 'bf16, channels_last':.1, 'fp16':2, 'fp16, channels_last':1})
     shapes = []
     stepper = P._stepper
@@ -260,7 +372,7 @@ def test_report(monkeypatch):
     assert r.loc['fp32','loss_diff']==0<r.loc['fp16','loss_diff']<.1
     assert all(r['peak_mb'][r['n']>0]>0)
     assert r.loc['bf16, channels_last','note']=='not tried: see bf16'
-    assert df.attrs['advice'].startswith('Train in fp16, 2.00 times as fast as fp32 (2.00 to 2.00): `learn.to_mixed(torch.float16, channels_last=False)`; bf16 is 10 times slower here')
+    assert df.attrs['advice'].startswith('Train in fp16, 2.00 times as fast as fp32 (2.00 to 2.00): `learn.to_mixed(torch.float16, channels_last=False)`; bf16 takes 10 times as long')
 
 def test_report_names_what_does_not_run(monkeypatch):
     learn = tiny_learner()
@@ -275,8 +387,9 @@ def test_report_names_what_does_not_run(monkeypatch):
     r = df.set_index('variant').loc['fp32, compile']
     assert r['n']==1 and r['compile_s']>0 and r['loss_diff']<1e-3
 
-@pytest.mark.parametrize('kw', [dict(dtypes=(torch.float64,)), dict(turns=0), dict(bs=0), dict(sizes=32), dict(sizes=[])])
+@pytest.mark.parametrize('kw', [dict(dtypes=(torch.float64,)), dict(turns=0), dict(bs=0), dict(sizes=32), dict(sizes=[]), dict(sizes=['a']), dict(sizes=[0]), dict(dtypes=torch.float64)])
 def test_report_bad_arguments(kw):
+    with pytest.raises(TypeError): tiny_learner().to_mixed(BF16, scale=1)
     with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): ft.precision_report(tiny_learner(), **kw)
 
 def test_find_bs_and_clipping():

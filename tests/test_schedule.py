@@ -1,9 +1,12 @@
 "Schedules against their formulas, timm's and PyTorch's; zero γ over families of networks"
 import math
+from functools import partial
+import numpy as np
 import pytest, timm, torch, torchvision
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler, SchedLin
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
 from fastai.vision.models.xresnet import xresnet18, xresnet50, xse_resnext18
 from timm.scheduler import CosineLRScheduler
@@ -165,7 +168,90 @@ def test_looking_at_a_schedule_changes_nothing():
         assert learn.opt is opt and 'fit' not in vars(learn) and opt.frozen_idx==1
         assert [p.requires_grad for p in learn.model.parameters()]==rg
         assert all(a[0]==b[0] and (torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1]==b[1]) for a,b in zip(was, snap())) and len(snap())==len(was)
-    with pytest.raises(ValueError, match='`fit` must be'): ft.schedule_table(print)
+    for fit in (print, learn.validate, learn.lr_find, learn.fit_stages):
+        with pytest.raises(ValueError, match='`fit` must be'): ft.schedule_table(fit)
+
+def trained_as_shown(learn, fit, *args, **kwargs):
+    df = ft.schedule_table(getattr(learn, fit), *args, **kwargs)
+    learn.add_cb(Rates())
+    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
+    r = learn.rates
+    learn.remove_cb(Rates)
+    assert list(df['lr'])==pytest.approx([float(o[-1]) for o in r.lrs], rel=1e-6)
+    if r.moms[0] is not None: assert list(df['mom'])==pytest.approx(r.moms, rel=1e-6)
+
+def test_a_schedule_is_trained_as_shown():
+    learn = tiny_learner()
+    trained_as_shown(learn, 'fit_one_cycle', 2, 1e-2)
+    trained_as_shown(learn, 'fit', 1) # At `Learner.lr`, not at the last rate
+    trained_as_shown(learn, 'fit', 1, reset_opt=True)
+    trained_as_shown(learn, 'fit_warmup_cos', 2, cbs=ParamScheduler({'mom':SchedLin(.95,.5)}))
+    learn = tiny_learner()
+    learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=.1, momentum=.9))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    n, opt, lr = len(learn.opt.state), learn.opt, learn.opt.hypers[0]['lr']
+    ft.schedule_table(learn.fit_one_cycle, 1, .7)
+    assert n==len(learn.opt.state)>0 and learn.opt is opt and learn.opt.hypers[0]['lr']==lr
+    trained_as_shown(learn, 'fit_warmup_one_cycle', 2, 1e-2)
+    class My(Learner):
+        def fit(self, *a, **kw): return super().fit(*a, **kw)
+    base = tiny_learner()
+    learn = My(base.dls, base.model, loss_func=base.loss_func)
+    w = [p.clone() for p in learn.model.parameters()]
+    assert len(ft.schedule_table(learn.fit, 1, .1))==N_ITER and all(map(torch.equal, w, learn.model.parameters()))
+    assert len(ft.schedule_table(learn.fit_one_cycle, 2, start_epoch=2))==0
+
+def test_an_optimiser_without_momentum():
+    learn = tiny_learner(cbs=Rates())
+    learn.opt_func = partial(OptimWrapper, opt=torch.optim.Adagrad)
+    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_one_cycle(2, 1e-2)
+    assert learn.rates.lrs[N_ITER][-1]==pytest.approx(1e-2/25) and learn.rates.moms[0] is None
+
+@pytest.mark.parametrize('lr', [-1, 0, float('nan'), 'a', slice(None), [1e-3,1e-2,1e-1], slice(-1,1)])
+def test_bad_rates(lr):
+    learn = tiny_learner(cbs=Rates())
+    for fit in (learn.fit_warmup_one_cycle, learn.fit_warmup_cos):
+        with pytest.raises(ValueError, match='`lr` must be'): fit(2, lr)
+    with pytest.raises(ValueError, match='`base_lr` must be'): learn.fine_tune_warmup(2, lr)
+    assert not learn.rates.lrs
+
+def test_rates_of_other_types():
+    for lr in (torch.tensor(.1), np.float32(.1), np.float64(.1)): assert rates('fit_warmup_cos', 2, lr).lrs[N_ITER-1][-1]==pytest.approx(.1)
+    assert rates('fit_warmup_cos', 2, [.1,.2]).lrs[N_ITER-1]==pytest.approx([.1,.2])
+    assert rates('fit_warmup_cos', np.int64(2), .1, warmup=np.float64(.5)).lrs[N_ITER-1][-1]==pytest.approx(.1)
+
+@pytest.mark.parametrize('kw', [dict(pct_start=1.5), dict(div=0), dict(div_final=-1), dict(warmup_start=2), dict(moms=.9), dict(moms=(.9,.8)), dict(lr_mult=0), dict(freeze_epochs=-1)])
+def test_fine_tune_refuses_before_the_first_part(kw):
+    learn = tiny_learner(cbs=Rates())
+    with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): learn.fine_tune_warmup(2, **kw)
+    assert not learn.rates.lrs and all(p.requires_grad for p in learn.model.parameters())
+
+def test_fine_tune_goes_on_with_the_optimisers_state(tmp_path):
+    class Stop(Callback):
+        order = 101
+        def __init__(self, n): self.n = n
+        def after_epoch(self):
+            self.n -= 1
+            if not self.n: raise KeyboardInterrupt
+    def fresh(cbs=None):
+        torch.manual_seed(0)
+        learn = tiny_learner(cbs=cbs)
+        for dl in learn.dls.loaders: dl.shuffle = False
+        learn.path = tmp_path
+        return learn
+    kw = dict(freeze_epochs=2, warmup='1it')
+    whole = fresh()
+    with whole.no_bar(), whole.no_logging(): whole.fine_tune_warmup(3, **kw)
+    for n in (1,2,3,4):
+        learn = fresh(Stop(n))
+        with learn.no_bar(), learn.no_logging():
+            with pytest.raises(KeyboardInterrupt): learn.fine_tune_warmup(3, **kw)
+            learn.save('at')
+            learn = fresh()
+            learn.create_opt()
+            learn.load('at', with_opt=True)
+            learn.fine_tune_warmup(3, start_epoch=n, **kw)
+        for a,b in zip(whole.model.parameters(), learn.model.parameters()): assert torch.allclose(a, b, atol=1e-7), n
 
 def test_export_after_a_warm_up(tmp_path):
     learn = tiny_learner()
