@@ -56,13 +56,15 @@ def compare(a):
     classes = sorted({f.parent.name for f in files})[:a.classes]
     keep = [i for i,f in enumerate(files) if f.parent.name in classes]
     files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
-    runs = []
-    for seed in range(a.seeds):
+    settings = dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=a.classes, size=a.size, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid))
+    old = json.loads(FILE.read_text()).get('accuracy', {}) if FILE.exists() else {}
+    runs = old['runs'] if old.get('settings')==settings else []
+    for seed in range(len(runs), a.seeds):
         acc = {k: fine_tune(d, seed, files, valid, a) for k,d in (('fp32',None), ('bf16',torch.bfloat16))}
         runs.append(dict(seed=seed, **{f'{k}_accuracy': v[0] for k,v in acc.items()}, **{f'{k}_valid_loss': v[1] for k,v in acc.items()}))
         print(runs[-1], flush=True)
         diff = 100*np.array([r['bf16_accuracy']-r['fp32_accuracy'] for r in runs])
-        save('accuracy', dict(settings=dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=a.classes, size=a.size, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid)), runs=runs,
+        save('accuracy', dict(settings=settings, runs=runs,
              results=dict(n=len(runs), points=float(diff.mean()), points_sd=float(diff.std(ddof=1)) if len(runs)>1 else None, fp32=float(np.mean([r['fp32_accuracy'] for r in runs])))))
 
 def main():
