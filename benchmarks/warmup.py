@@ -19,7 +19,7 @@ from fastai.vision.all import Flip, ImageBlock, Learner, Resize
 from fastai_tricks.all import PILImageDraft, linear_scaled_lr, zero_gamma
 from common import environment, photos, write_results
 
-BASE, BASE_BS = .05, 32 # SGD with momentum .9, which fastai's `SGD` has only if told at its creation
+BASE, BASE_BS = .01, 32 # SGD with momentum .9, which fastai's `SGD` has only if told at its creation
 # Batch size, share of the training that is warm-up, zero γ
 VARIANTS = {'usual batch, cosine': (32, 0, False), 'large batch, cosine': (256, 0, False), 'large batch, warm-up': (256, .15, False),
             'large batch, warm-up, zero γ': (256, .15, True)}

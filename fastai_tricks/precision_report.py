@@ -15,7 +15,7 @@ from .core import _check, _is_int, keep_random, say
 from .precision import best_variant, half_dtype, _bs, _Clock, _device, _one_batch, _short, _Variant
 from .resolution import _is_image
 
-# %% ../nbs/32_precision_report.ipynb #345b125f
+# %% ../nbs/32_precision_report.ipynb #1bc8c92a
 def _peak_mb(step, device):
     "Memory that one step holds at most, above what was held before it, MB as PyTorch's allocator counts it"
     if device.type=='cuda':
@@ -117,7 +117,7 @@ def plot_precision(
         ax.barh(y, d['ratio'], .8/len(sizes), xerr=err, label=f'{s} px')
         for yy,(_,r) in zip(y, d.iterrows()): ax.text(max(np.nan_to_num(r['ratio']), np.nan_to_num(r['ratio_max']))+.02, yy, f"{r['images_s']:.0f} images/s" if r['n'] else r['note'][:40], va='center', fontsize=8)
     ax.axvline(1, color='k', lw=.5)
-    ax.set(yticks=np.arange(len(variants))[::-1], yticklabels=variants, xlabel="training steps, times fp32's speed")
+    ax.set(yticks=np.arange(len(variants))[::-1], yticklabels=variants, ylim=(-.6,len(variants)-.4), xlabel="training steps, times fp32's speed")
     ax.set_xlim(0, 1.35*np.nanmax([df['ratio'].max(), df['ratio_max'].max(), 1]))
     ax.legend(fontsize=8)
     return ax
