@@ -34,7 +34,7 @@ def half_dtype(
         return (torch.bfloat16, f"this CPU has bf16 units ({', '.join(units)})") if units else (None, 'this CPU has no bf16 units (AMX or AVX512-BF16)')
     return None, f'not tried on {kind}'
 
-# %% ../nbs/30_precision.ipynb #a88e8576
+# %% ../nbs/30_precision.ipynb #9e8045cb
 class _Under:
     "Stands before the calls of the Learner's model: within a batch they are made under autocast"
     def __init__(self, learn, autocast):
@@ -69,7 +69,7 @@ def _device(learn):
 
 def _works(device, dtype): return not (device.type=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported())
 
-@delegates(GradScaler)
+@delegates(GradScaler, but=['device','enabled'])
 class DeviceMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision` on the device that the model is on: CUDA, CPU, XLA"
     name = 'mixed_precision' # By which fastai knows it: `load_learner` leaves it out on a CPU
@@ -81,7 +81,7 @@ class DeviceMixedPrecision(MixedPrecision):
         **kwargs # Passed to `GradScaler`
     ):
         _check(dtype in (torch.bfloat16,torch.float16), 'dtype', dtype, 'torch.bfloat16 or torch.float16')
-        GradScaler('cpu', **{**kwargs, 'enabled':False}) # A wrong argument raises here
+        GradScaler(device='cpu', enabled=False, **kwargs) # A wrong argument raises here
         super().__init__(AMPMode.FP16 if dtype==torch.float16 else AMPMode.BF16, **kwargs)
         self.dtype,self.skipped = dtype,False
 
@@ -222,7 +222,7 @@ def best_variant(
     ok = {v:statistics.median(r) for v,r in ratios.items() if statistics.median(r)>=gain and sum(o>1 for o in r)>.75*len(r)}
     return max(ok, key=ok.get, default=None)
 
-# %% ../nbs/30_precision.ipynb #88628853
+# %% ../nbs/30_precision.ipynb #85ac95b9
 def _choose(learn, dtype, channels_last, bs, turns=5, seconds=20):
     "The fastest of fp32 and `dtype`, without and with channels_last or as given: variant, why"
     with keep_random():
@@ -238,8 +238,7 @@ def _choose(learn, dtype, channels_last, bs, turns=5, seconds=20):
         clock.turn(n) # The first turn warms up
         left = int(seconds/(n*sum(t.pop() for t in clock.times.values())))
         for _ in range(min(turns, max(3, left))): clock.turn(n)
-    allowed = {v:clock.ratios(v) for v in ready if v.channels_last in lasts}
-    best = best_variant({v:r for v,r in allowed.items() if v!=_Variant()}) or _Variant(torch.float32, bool(channels_last))
+    best = best_variant({v:clock.ratios(v) for v in ready if v!=_Variant()}) or _Variant(torch.float32, bool(channels_last))
     r,why = clock.ratios(best),[]
     if dtype and best.dtype==torch.float32:
         note = next((clock.notes[v] for v in variants if v.dtype==dtype and v in clock.notes), '')
@@ -249,7 +248,7 @@ def _choose(learn, dtype, channels_last, bs, turns=5, seconds=20):
     return best,'; '.join(why)
 
 @patch
-@delegates(GradScaler)
+@delegates(GradScaler, but=['device','enabled'])
 def to_mixed(self:Learner,
     dtype:torch.dtype=None, # `torch.bfloat16` or `torch.float16`; default: what is faster here, by timing a few training steps (by `half_dtype` on XLA and with several processes)
     channels_last:bool=None, # Model and batch with the channels last in memory; default: where that was faster too; not with a given `dtype`
@@ -258,6 +257,7 @@ def to_mixed(self:Learner,
     "Train in 16 bits where this device gains by it, and say what was chosen"
     _check(dtype in (None,torch.bfloat16,torch.float16), 'dtype', dtype, 'torch.bfloat16, torch.float16 or None')
     _check(channels_last in (None,True,False), 'channels_last', channels_last, 'True, False or None')
+    DeviceMixedPrecision(torch.float16, **kwargs) # A wrong argument raises before the timing
     device,why = _device(self),'as asked'
     _check(dtype is None or _works(device, dtype), 'dtype', dtype, 'torch.float16 or None: this GPU has no bf16')
     if dtype is None:

@@ -15,7 +15,7 @@ from .core import _check, _is_int, keep_random, say
 from .precision import best_variant, half_dtype, _bs, _Clock, _device, _one_batch, _short, _Variant
 from .resolution import _is_image
 
-# %% ../nbs/32_precision_report.ipynb #1bc8c92a
+# %% ../nbs/32_precision_report.ipynb #11b80775
 def _peak_mb(step, device):
     "Memory that one step holds at most, above what was held before it, MB as PyTorch's allocator counts it"
     if device.type=='cuda':
@@ -53,7 +53,8 @@ def precision_report(
     plot:bool=True, # Draw the bars?
 )->pd.DataFrame: # A row for each size and variant; `attrs['advice']`: the recommendation
     "Images/s, memory and loss of a training step in each precision, measured in turn on copies; the Learner stays as it was"
-    _check(isinstance(learn, Learner), 'learn', learn, 'a Learner')
+    _check(isinstance(learn, Learner), 'learn', type(learn), 'a Learner')
+    if _is_int(sizes): sizes = [sizes]
     dtypes = tuplify(dtypes)
     _check(all(d in (torch.bfloat16,torch.float16) for d in dtypes), 'dtypes', dtypes, 'torch.bfloat16 and torch.float16')
     _check(_is_int(turns) and turns>0, 'turns', turns, 'a whole number, 1 or more')

@@ -8,8 +8,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/schedule.html.md"""
 __all__ = ['warmup_iters', 'chain_scheds', 'warmup_one_cycle', 'warmup_cos', 'schedule_table', 'plot_schedule',
            'linear_scaled_lr', 'zero_gamma']
 
-# %% ../nbs/50_schedule.ipynb #24188e05
-import math, re
+# %% ../nbs/50_schedule.ipynb #fcded2fb
+import math, re, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Real
@@ -17,18 +17,19 @@ import pandas as pd
 from fastai.vision.all import *
 from .core import _check, _is_int
 
-# %% ../nbs/50_schedule.ipynb #c6bd065c
+# %% ../nbs/50_schedule.ipynb #71b50022
 def warmup_iters(
     warmup:int|float|str, # Whole epochs, a fraction of the training below 1, or iterations as in '200it'
     n_epoch:int, # Epochs of the training, warm-up included
     n_iter:int, # Batches of an epoch
+    of:str='training', # What to call it in an error
 )->int: # Batches, 0 or more and fewer than the training has
     "How many batches the warm-up takes"
     accepted = "whole epochs, a fraction of the training in [0,1), or iterations such as '200it'"
     its = re.fullmatch(r'(\d+) ?it', warmup) if isinstance(warmup, str) else None
     _check(its or (isinstance(warmup, Real) and not isinstance(warmup, bool) and warmup>=0 and (_is_int(warmup) or warmup<1)), 'warmup', warmup, accepted)
     m = int(its[1]) if its else warmup*n_iter if _is_int(warmup) else max(round(warmup*n_epoch*n_iter), warmup>0)
-    _check(m<max(1, n_epoch*n_iter), 'warmup', warmup, f'{accepted}; shorter than the training, which has {n_epoch} epochs of {n_iter} batches')
+    _check(m<max(1, n_epoch*n_iter), 'warmup', warmup, f'shorter than the {of} ({n_epoch} × {n_iter} batches), as a fraction such as .1 always is')
     return int(m)
 
 # %% ../nbs/50_schedule.ipynb #55d4e6d5
@@ -45,11 +46,11 @@ def chain_scheds(
         return scheds[i](min(max((pos-a)/(b-a), 0.), 1.) if b>a else 1.)
     return _inner
 
-# %% ../nbs/50_schedule.ipynb #7280e588
+# %% ../nbs/50_schedule.ipynb #883ddc80
 def warmup_one_cycle(
     share:float, # Of the training that is warm-up, in [0,1)
     lr_max:float|np.ndarray, # Largest learning rate, also one for each group of parameters
-    warmup_start:float=0., # First rate, as a share of the one that the warm-up ends with, in [0,1]
+    warmup_start:float=0., # Share of the warm-up's last rate to begin with, in [0,1]; at 0 the first batch changes no weight
     div:float=25., # The one-cycle begins at `lr_max/div`
     div_final:float=1e5, # The last rate is `lr_max/div_final`
     pct_start:float=.25, # Share of the one-cycle in which the rate rises, in [0,1]
@@ -71,7 +72,7 @@ def warmup_cos(
     if start<share-1e-9: return lr*min(end/share, 1.)
     return lr*.5*(1+math.cos(math.pi*max(start-share, 0.)/(1-share)))
 
-# %% ../nbs/50_schedule.ipynb #a91c001d
+# %% ../nbs/50_schedule.ipynb #f42e5188
 class _WarmupCos(ParamScheduler):
     "`warmup_cos`, which asks where a batch ends as well as where it begins"
     def __init__(self, share, lr): super().__init__({'lr':partial(warmup_cos, share=share, lr=lr)})
@@ -110,7 +111,7 @@ def fit_warmup_one_cycle(self:Learner,
     n_epoch:int, # Epochs, warm-up included
     lr_max:float|slice=None, # Largest learning rate; a `slice` for discriminative ones; default: `Learner.lr`
     warmup:int|float|str=1, # Whole epochs, a fraction of the training below 1, or iterations as in '200it'
-    warmup_start:float=0., # First rate, as a share of the one that the warm-up ends with, in [0,1]
+    warmup_start:float=0., # Share of the warm-up's last rate to begin with, in [0,1]; at 0 the first batch changes no weight
     div:float=25., # The warm-up ends and the one-cycle begins at `lr_max/div`
     div_final:float=1e5, # The last rate is `lr_max/div_final`
     pct_start:float=.25, # Share of the one-cycle in which the rate rises, in [0,1]
@@ -159,7 +160,7 @@ def _state_kept(learn, keep):
     for p,o in state.items(): opt.state[p] = o
 
 @patch
-@delegates(Learner.fit_warmup_one_cycle)
+@delegates(Learner.fit_warmup_one_cycle, but=['n_epoch','lr_max'])
 def fine_tune_warmup(self:Learner,
     epochs:int, # Epochs after unfreezing
     base_lr:float=2e-3, # Largest rate of the frozen part; half of it after unfreezing
@@ -173,19 +174,19 @@ def fine_tune_warmup(self:Learner,
 ):
     "fastai's `fine_tune` with a warm-up in the frozen part and one after unfreezing"
     # All of it before the first part has trained for nothing
-    _check_fit(epochs)
+    _check(_is_int(epochs) and epochs>0, 'epochs', epochs, 'a whole number, 1 or more')
     _check(_is_int(freeze_epochs) and freeze_epochs>=0, 'freeze_epochs', freeze_epochs, 'a whole number, 0 or more')
     _check(_is_int(start_epoch) and 0<=start_epoch<=epochs+freeze_epochs, 'start_epoch', start_epoch, f'a whole number from 0 to the {epochs+freeze_epochs} epochs')
     for k,v in dict(base_lr=base_lr, lr_mult=lr_mult).items(): _check(isinstance(v, Real) and 0<v<math.inf, k, v, 'above 0')
     _check_cycle(pct_start=pct_start, div=div, **kwargs)
-    for n in ([freeze_epochs] if start_epoch<freeze_epochs else []) + [epochs]: warmup_iters(warmup, n, _n_iter(self))
+    for n,of in ([(freeze_epochs,'frozen part')] if start_epoch<freeze_epochs else []) + [(epochs,'part after unfreezing')]: warmup_iters(warmup, n, _n_iter(self), of)
     with _state_kept(self, start_epoch!=freeze_epochs and start_epoch>0): self.freeze()
     if start_epoch<freeze_epochs: self.fit_warmup_one_cycle(freeze_epochs, slice(base_lr), warmup, pct_start=.99, start_epoch=start_epoch, **kwargs)
     base_lr /= 2
     with _state_kept(self, start_epoch>freeze_epochs): self.unfreeze()
     self.fit_warmup_one_cycle(epochs, slice(base_lr/lr_mult, base_lr), warmup, pct_start=pct_start, div=div, start_epoch=max(0, start_epoch-freeze_epochs), **kwargs)
 
-# %% ../nbs/50_schedule.ipynb #03a8d96a
+# %% ../nbs/50_schedule.ipynb #0fdbfd36
 def _planned(fit, args, kwargs):
     "The `(n_epoch, start_epoch, schedulers, hyperparameters)` of each part that `fit` would train; the Learner is as before"
     learn,parts = fit.__self__,[]
@@ -218,6 +219,8 @@ def schedule_table(
     **kwargs
 )->pd.DataFrame: # A row a batch: `epoch` (fraction), `lr` (last group of parameters), `mom`, and `lr_0`, `lr_1`, ... where rates differ
     "What `fit(*args, **kwargs)` would train with, batch by batch; nothing is trained, nothing changed"
+    _check(fit is not None, 'fit', fit, 'given without calling it: `plot_schedule(learn.fit_one_cycle, 4)`')
+    if isinstance(fit, partial): fit,args,kwargs = fit.func,(*fit.args,*args),{**fit.keywords,**kwargs}
     name = getattr(fit, '__name__', '')
     _check(isinstance(getattr(fit, '__self__', None), Learner) and name.startswith(('fit','fine_tune')) and name!='fit_stages', 'fit', fit,
            'a method of a Learner that fits by one schedule, such as `learn.fit_one_cycle` or `learn.fine_tune_warmup`')
@@ -260,7 +263,7 @@ def linear_scaled_lr(
     for k,v in dict(bs=bs, base=base, base_bs=base_bs).items(): _check(isinstance(v, Real) and v>0, k, v, 'above 0')
     return base*bs/base_bs
 
-# %% ../nbs/50_schedule.ipynb #99b02973
+# %% ../nbs/50_schedule.ipynb #d8b4d570
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 def _branch_end(m):
@@ -289,7 +292,9 @@ def _zero_scale(m):
 def zero_gamma(
     model:nn.Module, # Of torchvision, timm or fastai, before training from scratch
 )->int: # Residual blocks that begin as the identity now
-    "Zero the scale of the last norm in each residual block"
+    "Zero the scale of the last norm in each residual block, in place"
+    if any(p.ndim==1 and len(p.unique())>1 for m in model.modules() if isinstance(m, _norms) for p in [m.weight] if p is not None):
+        warnings.warn('zero_gamma: the norms of this model are not fresh, it looks pretrained: zeroing them deletes what they learned. It is for training from scratch')
     n = sum(_zero_scale(m) for m in model.modules())
     if not n: raise ValueError(f'`model` must have residual blocks of torchvision, timm or fastai that end in a norm; none was found in this {type(model).__name__}')
     print(f'zero_gamma: {n} residual blocks begin as the identity')

@@ -387,10 +387,14 @@ def test_report_names_what_does_not_run(monkeypatch):
     r = df.set_index('variant').loc['fp32, compile']
     assert r['n']==1 and r['compile_s']>0 and r['loss_diff']<1e-3
 
-@pytest.mark.parametrize('kw', [dict(dtypes=(torch.float64,)), dict(turns=0), dict(bs=0), dict(sizes=32), dict(sizes=[]), dict(sizes=['a']), dict(sizes=[0]), dict(dtypes=torch.float64)])
+@pytest.mark.parametrize('kw', [dict(dtypes=(torch.float64,)), dict(turns=0), dict(bs=0), dict(sizes=-1), dict(sizes=[]), dict(sizes=['a']), dict(sizes=[0]), dict(dtypes=torch.float64)])
 def test_report_bad_arguments(kw):
-    with pytest.raises(TypeError): tiny_learner().to_mixed(BF16, scale=1)
     with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): ft.precision_report(tiny_learner(), **kw)
+
+@pytest.mark.parametrize('kw', [dict(scale=1), dict(enabled=False), dict(device='cpu')])
+def test_wrong_arguments_raise_before_the_timing(kw, monkeypatch):
+    monkeypatch.setattr(P, '_choose', lambda *a: pytest.fail('timed'))
+    with pytest.raises(TypeError): tiny_learner().to_mixed(**kw)
 
 def test_find_bs_and_clipping():
     learn = tiny_learner(cbs=GradientClip(.1))

@@ -130,7 +130,7 @@ def test_impossible_warmup(fit, warmup):
 
 def test_one_frozen_epoch_cannot_be_all_warmup():
     learn = tiny_learner(cbs=Rates())
-    with pytest.raises(ValueError, match='shorter than the training, which has 1 epochs'): learn.fine_tune_warmup(4, warmup=1)
+    with pytest.raises(ValueError, match=r'shorter than the frozen part \(1 × 3 batches\)'): learn.fine_tune_warmup(4, warmup=1)
     assert not learn.rates.lrs and all(p.requires_grad for p in learn.model.parameters())
 
 def test_with_accumulation_torch_optimisers_and_growing_batches():
@@ -168,6 +168,8 @@ def test_looking_at_a_schedule_changes_nothing():
         assert learn.opt is opt and 'fit' not in vars(learn) and opt.frozen_idx==1
         assert [p.requires_grad for p in learn.model.parameters()]==rg
         assert all(a[0]==b[0] and (torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1]==b[1]) for a,b in zip(was, snap())) and len(snap())==len(was)
+    with pytest.raises(ValueError, match='without calling it'): ft.schedule_table(None)
+    assert len(ft.schedule_table(partial(learn.fit_warmup_cos, 3, warmup=0), .1))==3*N_ITER
     for fit in (print, learn.validate, learn.lr_find, learn.fit_stages):
         with pytest.raises(ValueError, match='`fit` must be'): ft.schedule_table(fit)
 
@@ -308,6 +310,13 @@ def residual(m):
     if type(m).__name__ in ('InvertedResidual','MBConv','FusedMBConv','DepthwiseSeparableConv','EdgeResidual','UniversalInvertedResidual','ConvBnAct'):
         return getattr(m, 'use_res_connect', False) or getattr(m, 'has_skip', False)
     return type(m).__name__ in ('BasicBlock','Bottleneck','Bottle2neck','ResNestBottleneck','SelectiveKernelBasic','PreActBottleneck','ResBottleneckBlock','ResBlock')
+
+def test_zero_gamma_warns_of_pretrained_networks(recwarn):
+    model = torchvision_model('resnet18')
+    ft.zero_gamma(model)
+    assert not recwarn.list
+    torch.nn.init.normal_(model.bn1.weight)
+    with pytest.warns(UserWarning, match='looks pretrained'): ft.zero_gamma(model)
 
 def test_zero_gamma_needs_residual_blocks():
     with pytest.raises(ValueError, match='none was found in this VGG'): ft.zero_gamma(torchvision_model('vgg11_bn'))
