@@ -22,7 +22,7 @@ from common import environment, photos, write_results
 BASE, BASE_BS = .01, 32 # SGD with momentum .9, which fastai's `SGD` has only if told at its creation
 # Batch size, share of the training that is warm-up, zero γ
 VARIANTS = {'usual batch, cosine': (32, 0, False), 'large batch, cosine': (256, 0, False), 'large batch, warm-up': (256, .15, False),
-            'large batch, warm-up, zero γ': (256, .15, True)}
+            'large batch, warm-up, zero γ': (256, .15, True), 'usual batch, zero γ': (32, 0, True)}
 
 def run(name, seed, files, valid, size, epochs):
     bs, warmup, gamma = VARIANTS[name]
