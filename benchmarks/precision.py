@@ -77,7 +77,7 @@ def main():
     p.add_argument('--sizes', nargs='*', type=int, default=[128,224])
     p.add_argument('--bs', type=int, default=8)
     p.add_argument('--turns', type=int, default=7)
-    p.add_argument('--seeds', type=int, default=4)
+    p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=3)
     p.add_argument('--size', type=int, default=64)
     a = p.parse_args()
