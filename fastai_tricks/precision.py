@@ -109,7 +109,7 @@ class ChannelsLastBatch(ChannelsLast):
     name = 'channels_last' # By which fastai knows it
     def before_batch(self): self.learn.xb = tuple(map(_last, self.xb))
 
-# %% ../nbs/30_precision.ipynb #e202134a
+# %% ../nbs/30_precision.ipynb #4b5410de
 _short = {torch.float32:'fp32', torch.bfloat16:'bf16', torch.float16:'fp16'}
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _stepper(learn, xb, yb, v):
     for p in model.parameters(): p.requires_grad_(p.is_floating_point()) # `fine_tune` unfreezes sooner or later
     if v.channels_last: xb = tuple(map(_last, xb))
     loss_func = deepcopy(learn.loss_func)
-    if isinstance(loss_func, nn.Module) or hasattr(loss_func, 'to'): loss_func.to(device)
+    if hasattr(loss_func, 'to'): loss_func.to(device)
     # An optimiser given as an object belongs to the Learner's own parameters
     opt_func = SGD if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
     opt,scaler = opt_func(learn.splitter(model), lr=learn.lr),GradScaler(device.type, enabled=v.dtype==torch.float16)
