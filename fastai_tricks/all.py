@@ -7,9 +7,13 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 # %% auto #0
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
-           'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report']
+           'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
+           'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'climb', 'Climb', 'accuracy_on']
 
-# %% ../nbs/99_all.ipynb #10d24541
+# %% ../nbs/99_all.ipynb #438db069
+import fastai_tricks.head
+from .climb import Climb, accuracy_on, climb
+from .evaluate import CrossValidation, cross_validate
 from .files import resized_copies, skip_corrupt, CorruptImagesError
 from .precision import ChannelsLastBatch, DeviceMixedPrecision
 from .precision_report import plot_precision, precision_report
@@ -18,8 +22,11 @@ from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
 from .schedule import linear_scaled_lr, plot_schedule, schedule_table, zero_gamma
 from .stages import Stage
+from .submission import write_submission
+from .subset import class_ladder
 
-# %% ../nbs/99_all.ipynb #96701ae4
+# %% ../nbs/99_all.ipynb #4fafca0e
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
-         'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report']
+         'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
+         'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'climb', 'Climb', 'accuracy_on']

@@ -1,0 +1,203 @@
+"`grow_head`: rows follow the names of classes, old logits stay to the last bit, all that belongs to them goes along"
+from functools import partial
+import pytest, timm, torch, torchvision
+from torch import nn
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock
+from fastai.data.transforms import IndexSplitter, Normalize
+from fastai.learner import Learner, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import F1Score, accuracy
+from fastai.optimizer import OptimWrapper, SGD
+from fastai.vision.augment import Resize
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock, imagenet_stats
+from fastai.vision.learner import vision_learner
+from fastai.vision.models.xresnet import xresnet18
+import fastai_tricks.head, fastai_tricks.precision
+from fastai_tricks.head import GrownLinear
+from fastai_tricks.labels import fixed_block
+from fastai_tricks.resize import ProgressiveResize
+import numpy as np
+
+OLD,NEW = ['b','d','e'],['a','b','c','d','e','f']
+KEPT = [NEW.index(c) for c in OLD]
+
+def noise(i): return PILImage.create(np.random.default_rng(i).integers(0, 255, (64,64,3), dtype=np.uint8))
+def label(i): return NEW[i%6]
+def tags(i): return [NEW[i%6],NEW[i//6%6]]
+
+def loaders(names, multi=False, **kwargs):
+    db = DataBlock((ImageBlock,MultiCategoryBlock if multi else CategoryBlock), get_x=noise, get_y=tags if multi else label, item_tfms=Resize(64), **kwargs)
+    of = [i for i in range(72) if (set(tags(i)) & set(names) if multi else label(i) in names)]
+    return fixed_block(db, list(range(72)), (of[8:],of[:8]), names).dataloaders(None, bs=8, num_workers=0, device='cpu')
+
+
+
+def fit(learn, n=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, **kwargs)
+
+MODELS = dict(
+    xresnet=lambda dls: Learner(dls, xresnet18(n_out=dls.c)),
+    vision_resnet=lambda dls: vision_learner(dls, torchvision.models.resnet18, pretrained=False),
+    vision_bn_final=lambda dls: vision_learner(dls, torchvision.models.resnet18, pretrained=False, bn_final=True),
+    vision_timm=lambda dls: vision_learner(dls, 'resnet10t', pretrained=False),
+    **{n:(lambda dls, n=n: Learner(dls, getattr(torchvision.models, n)(num_classes=dls.c))) for n in ('squeezenet1_1','mobilenet_v3_small','shufflenet_v2_x0_5')},
+    **{n:(lambda dls, n=n: Learner(dls, timm.create_model(n, num_classes=dls.c))) for n in ('resnet10t','mobilenetv3_small_050','convnext_atto','efficientnet_lite0')},
+    **{n:(lambda dls, n=n: Learner(dls, timm.create_model(n, num_classes=dls.c, img_size=64))) for n in ('vit_tiny_patch16_224','deit_tiny_distilled_patch16_224','swin_tiny_patch4_window7_224')})
+
+@pytest.mark.parametrize('bs', [1,5])
+@pytest.mark.parametrize('name', MODELS)
+def test_old_logits_stay_to_the_last_bit(name, bs):
+    learn = MODELS[name](loaders(OLD))
+    x = torch.randn(bs,3,64,64)
+    before = learn.model.eval()(x)
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    after = learn.model.eval()(x)
+    assert after.shape==(bs,6) and torch.equal(after[:,KEPT], before)
+    # and down again: the rows are the same, their products to rounding
+    with learn.no_logging(): learn.grow_head(loaders(['e','b']))
+    assert torch.allclose(learn.model.eval()(x), before[:,[2,0]], atol=1e-5)
+
+@pytest.mark.parametrize('name', ['vision_resnet','xresnet','squeezenet1_1','mobilenetv3_small_050'])
+def test_trains_on_and_exports(name, tmp_path):
+    learn = MODELS[name](loaders(OLD))
+    learn.metrics = [accuracy]
+    fit(learn)
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    was = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    fit(learn)
+    rows = [v for k,v in learn.model.state_dict().items() if v.shape[:1]==(6,) and not torch.equal(v, was[k])]
+    assert rows and learn.dls.c==6
+    with learn.no_bar(), learn.no_logging():
+        preds,targs = learn.get_preds()
+        assert preds.shape==(8,6) and learn.validate()[1]==pytest.approx((preds.argmax(1)==targs).float().mean().item())
+        learn.path = tmp_path
+        learn.export('l.pkl')
+        loaded = load_learner(tmp_path/'l.pkl')
+        with loaded.no_bar(): kind,_,p = loaded.predict(3)
+    assert kind in NEW and p.shape==(6,) and list(loaded.dls.vocab)==NEW
+    # A plain network of as many classes takes the weights
+    MODELS[name](loaders(NEW)).model.load_state_dict(learn.model.state_dict())
+
+def wrapped(params, **kwargs): return OptimWrapper(params, torch.optim.AdamW, **kwargs)
+
+@pytest.mark.parametrize('opt', [None, wrapped, partial(SGD, mom=.9)])
+def test_optimiser_state_goes_along(opt):
+    learn = vision_learner(loaders(OLD), torchvision.models.resnet18, pretrained=False, **({} if opt is None else dict(opt_func=opt)))
+    fit(learn)
+    w = learn.model[1][-1].weight
+    states = lambda: learn.opt.opt.state if isinstance(learn.opt, OptimWrapper) else learn.opt.state
+    before,others = dict(states()[w]),[p for ps in learn.opt.param_lists for p in ps if p is not w]
+    n = sum(map(len, learn.opt.param_lists))
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    new = learn.model[1][-1].weight
+    after = states()[new]
+    assert new is not w and w not in states() and sum(map(len, learn.opt.param_lists))==n
+    assert any(p is new for p in learn.opt.param_lists[-1]) and not any(p is w for ps in learn.opt.param_lists for p in ps)
+    fresh = [i for i in range(6) if i not in KEPT]
+    tensors = [k for k,v in before.items() if isinstance(v, torch.Tensor) and v.shape==w.shape]
+    assert tensors
+    for k,v in before.items():
+        if k in tensors: assert torch.equal(after[k][KEPT], v) and not after[k][fresh].any()
+        else: assert torch.equal(torch.as_tensor(after[k]), torch.as_tensor(v))
+    old = new.detach().clone()
+    fit(learn, reset_opt=False)
+    assert (new.detach()!=old).any(1).all()
+
+def test_freeze_and_unfreeze():
+    learn = vision_learner(loaders(OLD), torchvision.models.resnet18, pretrained=False)
+    learn.freeze()
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    last,first = learn.model[1][-1].weight,next(p for n,p in learn.model[0].named_parameters() if n.endswith('weight') and p.ndim==4)
+    assert last.requires_grad and not first.requires_grad
+    was = first.detach().clone(),last.detach().clone()
+    fit(learn)
+    assert torch.equal(first, was[0]) and not torch.equal(last, was[1])
+    learn.unfreeze()
+    assert learn.opt.frozen_idx==0 and first.requires_grad
+    fit(learn)
+    assert not torch.equal(first, was[0])
+    learn.opt.freeze_to(-1)
+    with learn.no_logging(): learn.grow_head(loaders(OLD))
+    assert not first.requires_grad and learn.opt.frozen_idx==len(learn.opt.param_lists)-1
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
+
+def test_new_rows_have_the_mean_norm_and_a_direction_of_their_own():
+    learn = Learner(loaders(OLD), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192,3)))
+    w,b = (p.detach().clone() for p in learn.model.parameters())
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    new = learn.model[2].weight.detach()[[0,2,5]]
+    assert torch.allclose(new.norm(dim=1), w.norm(dim=1).mean().expand(3)) and torch.nn.functional.cosine_similarity(new[0], new[1], dim=0).abs()<.5
+    assert torch.allclose(learn.model[2].bias.detach()[[0,2,5]], b.mean().expand(3))
+
+def test_loss_metrics_and_loaders_follow():
+    learn = Learner(loaders(OLD), xresnet18(n_out=3), loss_func=CrossEntropyLossFlat(weight=torch.tensor([1.,2.,3.])), metrics=[accuracy,F1Score(average='macro')])
+    mine = learn.loss_func
+    fit(learn)
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    assert learn.loss_func.func.weight.tolist()==[2,1,2,2,3,2] and mine.func.weight.tolist()==[1,2,3]
+    fit(learn)
+    assert len(learn.recorder.values[-1])==4
+    plain = Learner(loaders(OLD), xresnet18(n_out=3))
+    loss = plain.loss_func
+    with plain.no_logging(): plain.grow_head(loaders(NEW))
+    assert plain.loss_func is loss
+
+def test_several_labels():
+    learn = Learner(loaders(OLD, multi=True), xresnet18(n_out=3), loss_func=BCEWithLogitsLossFlat(pos_weight=torch.tensor([1.,2.,3.])))
+    fit(learn)
+    with learn.no_logging(): learn.grow_head(loaders(NEW, multi=True))
+    assert learn.loss_func.func.pos_weight.tolist()==[2,1,2,2,3,2]
+    fit(learn)
+    with learn.no_bar(): assert learn.get_preds()[0].shape==(8,6)
+
+def test_statistics_of_the_pretrained_network_go_along():
+    learn = vision_learner(loaders(OLD), torchvision.models.resnet18, pretrained=False)
+    learn.dls.add_tfms([Normalize.from_stats(*imagenet_stats, cuda=False)], 'after_batch') # As `vision_learner` does for a pretrained network
+    new = loaders(NEW)
+    with learn.no_logging(): learn.grow_head(new)
+    for dl in new.loaders: assert len([f for f in dl.after_batch.fs if isinstance(f, Normalize)])==1
+    x = new.valid.one_batch()[0]
+    assert x.min()<-1
+    own = loaders(NEW, batch_tfms=Normalize.from_stats([0.]*3, [1.]*3, cuda=False))
+    with learn.no_logging(): learn.grow_head(own)
+    assert len([f for f in own.after_batch.fs if isinstance(f, Normalize)])==1
+
+def test_a_second_call_changes_nothing(capsys):
+    learn = Learner(loaders(OLD), xresnet18(n_out=3))
+    fit(learn)
+    learn.grow_head(loaders(NEW))
+    assert capsys.readouterr().out.strip()=='grow_head: 3 classes before, 6 now; 3 kept, 3 new, 0 dropped'
+    was,params = {k:v.clone() for k,v in learn.model.state_dict().items()},list(learn.model.parameters())
+    assert learn.grow_head(loaders(NEW)) is learn
+    assert not capsys.readouterr().out and all(a is b for a,b in zip(params, learn.model.parameters())) and all(torch.equal(was[k], v) for k,v in learn.model.state_dict().items())
+
+def test_what_cannot_be_leaves_the_learner():
+    learn = Learner(loaders(OLD), xresnet18(n_out=3))
+    dls = learn.dls
+    with pytest.raises(ValueError, match="must have a class of the Learner, such as 'b'"): learn.grow_head(loaders(['a','c']))
+    odd = Learner(loaders(OLD), xresnet18(n_out=7))
+    with pytest.raises(ValueError, match='an output for each of the 3 classes'): odd.grow_head(loaders(NEW))
+    assert learn.dls is dls and learn.model[-1].out_features==3 and type(learn.model[-1]) is nn.Linear
+
+def test_with_other_tricks():
+    learn = Learner(loaders(OLD), xresnet18(n_out=3), cbs=ProgressiveResize(mult=8))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1)
+        learn.to_mixed()
+        learn.grow_head(loaders(NEW))
+        learn.fit_one_cycle(1)
+        learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+        assert learn.tta(n=1)[0].shape==(8,6)
+
+def test_grown_twice_keeps_each_group():
+    learn = Learner(loaders(['b','d']), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192,2)))
+    x = torch.randn(7,3,64,64)
+    first = learn.model(x)
+    with learn.no_logging():
+        learn.grow_head(loaders(OLD))
+        second = learn.model(x)
+        learn.grow_head(loaders(NEW))
+    third = learn.model(x)
+    assert isinstance(learn.model[2], GrownLinear) and len(learn.model[2].row_groups)==3
+    assert torch.equal(second[:,:2], first) and torch.equal(third[:,KEPT], second)

@@ -1,0 +1,176 @@
+"Class subsets: what validates in the whole never trains in a part, whatever the data; labels from anywhere; a million items"
+import random, time, warnings
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
+from fastai.data.transforms import (ColReader, ColSplitter, FuncSplitter, GrandparentSplitter, IndexSplitter, RandomSplitter, RandomSubsetSplitter, RegexLabeller,
+    TrainTestSplitter, get_image_files, parent_label)
+from fastai.vision.core import PILImage
+from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
+from fastai.vision.augment import Resize
+from fastai_tricks.evaluate import Folds
+from fastai_tricks.labels import read_labels
+from fastai_tricks.subset import class_ladder
+from fastai_tricks.sample import sample_images
+
+def blank(o): return PILImage.create(np.zeros((4,4,3), dtype=np.uint8))
+def block(y, multi=False, **kwargs): return DataBlock((ImageBlock,MultiCategoryBlock if multi else CategoryBlock), get_x=blank, get_y=y, **kwargs)
+def parts(dsets): return list(dsets.train.items),list(dsets.valid.items)
+
+SPLITTERS = {'random': lambda n: RandomSplitter(seed=3), 'unseeded': lambda n: RandomSplitter(), 'none': lambda n: None, 'index': lambda n: IndexSplitter(list(range(0, n, 3))),
+    'func': lambda n: FuncSplitter(lambda i: i%4==1), 'sklearn': lambda n: TrainTestSplitter(random_state=1), 'part': lambda n: RandomSubsetSplitter(.5, .3, seed=1)}
+
+@st.composite
+def data(draw):
+    multi,n = draw(st.booleans()),draw(st.integers(12, 40))
+    names = 'abcdef'[:draw(st.integers(2, 6))]
+    one = st.sampled_from(names)
+    labels = draw(st.lists(st.lists(one, max_size=3, unique=True) if multi else one, min_size=n, max_size=n))
+    return multi,labels,draw(st.sampled_from(list(SPLITTERS))),draw(st.sampled_from(['frequency','random','name'])),draw(st.none() | st.integers(1, 4)),draw(st.integers(0, 5))
+
+def having(labels, names, multi): return {i for i,o in enumerate(labels) if (set(o) & set(names) if multi else o in names)}
+
+@settings(max_examples=150, deadline=None)
+@given(data())
+def test_what_validates_never_trains_in_a_part(d):
+    multi,labels,splitter,by,per_class,seed = d
+    n = len(labels)
+    db = block(lambda i: labels[i], multi, splitter=SPLITTERS[splitter](n))
+    items = list(range(n))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        train,valid = map(set, db.class_subset(None, seed=seed).splitter(items))
+        if db.splitter and splitter!='unseeded': assert [train,valid]==[set(s) for s in db.splitter(items)]
+        present = sorted({c for i in train|valid for c in (labels[i] if multi else [labels[i]])})
+        before = []
+        for k in range(1, len(present)+1):
+            sub = db.class_subset(k, by=by, per_class=per_class, seed=seed)
+            try: t,v = map(set, sub.splitter(items))
+            except ValueError as e:
+                assert 'classes of which some image is for training' in str(e)
+                continue
+            # The whole leakage property, by brute force
+            assert not t & valid
+            names = sub.splitter.choose(items)[1]
+            assert names[:len(before)]==before or not before
+            before = names
+            keep = having(labels, names, multi)
+            assert v==valid & keep and t<=train & keep
+            if per_class is None: assert t==train & keep
+            else:
+                for c in names: assert sum(c in labels[i] if multi else c==labels[i] for i in t)<=per_class
+                if not multi: assert all(sum(labels[i]==c for i in t)==min(per_class, sum(labels[i]==c for i in train)) for c in names)
+
+@settings(max_examples=60, deadline=None)
+@given(data(), st.integers(2, 3), st.booleans(), st.booleans())
+def test_folds_of_a_part_are_parts_of_the_folds(d, n_splits, stratify, grouped):
+    multi,labels,splitter,by,per_class,seed = d
+    db,items = block(lambda i: labels[i], multi, splitter=SPLITTERS[splitter](len(labels))),list(range(len(labels)))
+    groups = [i//2 for i in items] if grouped else None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: whole = Folds(db, items, n_splits, groups, stratify, seed)
+        except ValueError as e: return # scikit-learn: too few of each class
+        for k in range(1, len(whole.vocab)+1):
+            try: part = Folds(db.class_subset(k, by=by, per_class=per_class, seed=seed), items, n_splits, groups, stratify, seed)
+            except ValueError as e:
+                assert 'so few that each fold has images' in str(e) or 'classes that have images' in str(e)
+                continue
+            keep = having(labels, part.vocab, multi)
+            for (t,v),(wt,wv) in zip(part.splits, whole.splits):
+                t,v,wt,wv = map(set, (t,v,wt,wv))
+                assert not t & wv and t<=wt & keep and v==wv & keep
+                if grouped: assert not {i//2 for i in t} & {i//2 for i in v}
+
+def test_loaders_get_what_the_splitter_says():
+    db = block(lambda i: 'abc'[i%3], splitter=RandomSplitter(seed=5))
+    sub,full = db.class_subset(2, by='name').datasets(list(range(60))),db.datasets(list(range(60)))
+    assert set(sub.train.items)=={i for i in full.train.items if i%3<2} and set(sub.valid.items)=={i for i in full.valid.items if i%3<2}
+    assert sub.vocab==['a','b'] and full.vocab==['a','b','c'] and {int(y) for _,y in sub.train}=={0,1}
+
+def test_source_may_change_and_the_first_block_stays():
+    db = block(lambda i: i%5)
+    few = db.class_subset(2, by='name')
+    with pytest.warns(UserWarning, match='draws other validation items at each call'): a = few.datasets(list(range(50)))
+    b = few.datasets([i for i in range(50) if i%5>1])
+    assert (a.vocab,b.vocab)==([0,1],[2,3])
+    assert few.splitter is not db.splitter and db.splitter is None and few.dataloaders(list(range(50)), num_workers=0).c==2
+
+def test_random_states_stay():
+    state = torch.get_rng_state(),np.random.get_state()[1].copy(),random.getstate()
+    block(lambda i: i%3, splitter=RandomSplitter()).class_subset(2).splitter(list(range(20)))
+    assert torch.equal(state[0], torch.get_rng_state()) and (state[1]==np.random.get_state()[1]).all() and state[2]==random.getstate()
+
+def test_real_folders_regex_and_csv(tmp_path):
+    path = sample_images()
+    folder = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=Resize(32))
+    regex = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=RegexLabeller(r'[/\\]([^/\\]+)[/\\][^/\\]+$'), splitter=RandomSplitter(seed=1), item_tfms=Resize(32))
+    files = get_image_files(path)
+    pd.DataFrame(dict(image=[str(f.relative_to(path)) for f in files], label=[f.parent.name for f in files])).to_csv(tmp_path/'train.csv', index=False)
+    table = DataBlock((ImageBlock,CategoryBlock), get_x=ColReader('image', pref=path), get_y=ColReader('label'), splitter=RandomSplitter(seed=1), item_tfms=Resize(32))
+    a,b,c = [db.class_subset(5, per_class=7).dataloaders(s, bs=8, num_workers=0) for db,s in ((folder,path),(regex,path),(table,pd.read_csv(tmp_path/'train.csv')))]
+    assert a.vocab==b.vocab==c.vocab and len(a.train_ds)==len(b.train_ds)==len(c.train_ds)==35
+    assert list(a.train_ds.items)==list(b.train_ds.items)==[path/o for o in c.train_ds.items.image]
+    assert a.one_batch()[0].shape==c.one_batch()[0].shape==(8,3,32,32)
+
+def test_grandparent_splitter():
+    files = [Path(f'{s}/{c}/{i}.jpg') for s in ('train','valid','test') for c in 'abc' for i in range(4)]
+    sub = block(parent_label, splitter=GrandparentSplitter()).class_subset(2, by='name').datasets(files)
+    assert {(o.parts[0],o.parts[1]) for o in sub.train.items}=={('train','a'),('train','b')} and {o.parts[0] for o in sub.valid.items}=={'valid'}
+
+def test_chained_subsets():
+    db = block(lambda i: 'abcdef'[i%6], splitter=RandomSplitter(seed=1))
+    one = db.class_subset(['f','b','c']).class_subset(2, by='name').datasets(list(range(60)))
+    assert one.vocab==['b','c']
+    with pytest.raises(ValueError, match="must be among the 3 classes of the data, not 'a'"): db.class_subset(['f','b','c']).class_subset(['a']).datasets(list(range(60)))
+
+def test_given_vocabulary_keeps_its_order():
+    db = DataBlock((ImageBlock,CategoryBlock(vocab=['z','a','m'], sort=False)), get_x=blank, get_y=lambda i: 'amz'[i%3], splitter=RandomSplitter(seed=1))
+    sub = db.class_subset(['a','z']).datasets(list(range(30)))
+    assert sub.vocab==['z','a'] and {int(y) for _,y in sub.train}=={0,1}
+
+def test_class_that_only_validates_has_its_place():
+    with pytest.warns(UserWarning, match="No training image of 'b'"): sub = block(lambda i: 'ab'[i>7], splitter=IndexSplitter([6,7,8,9])).class_subset(2).datasets(list(range(10)))
+    assert sub.vocab==['a','b'] and [int(y) for _,y in sub.valid]==[0,0,1,1]
+
+def test_multi_label_in_training():
+    labels = [['a','b'],['b'],['c'],['a','c'],[],['b','c']]*4
+    sub = block(lambda i: labels[i], True, splitter=IndexSplitter([0,1,2,3,4,5])).class_subset(['a','b']).dataloaders(list(range(24)), bs=4, num_workers=0)
+    assert sub.c==2 and {tuple(y.tolist()) for _,y in sub.train_ds}=={(1,1),(0,1),(1,0)} and sub.one_batch()[1].shape==(4,2)
+
+class Never:
+    "An image that must not be opened"
+    def __call__(self, o): raise AssertionError(f'{o} was opened')
+
+@pytest.mark.parametrize('kind', ['folder','csv','multi'])
+def test_a_million_items_without_opening_one(kind):
+    n = 1_000_000
+    items = [Path(f'/d/c{i%1000}/{i}.jpg') for i in range(n)] if kind=='folder' else pd.DataFrame(dict(image=np.arange(n), label=[f'c{i%1000} c{i%7}' if kind=='multi' else f'c{i%1000}' for i in range(n)]))
+    y = parent_label if kind=='folder' else ColReader('label', label_delim=' ' if kind=='multi' else None)
+    db = DataBlock((ImageBlock,MultiCategoryBlock if kind=='multi' else CategoryBlock), get_x=Never(), get_y=y, splitter=RandomSplitter(seed=1))
+    train,valid = db.class_subset(10, per_class=100).splitter(items)
+    assert len(train)<=1000 and len(valid)>1000
+
+def test_what_cannot_be(tmp_path):
+    db,items = block(lambda i: 'abc'[i%3], splitter=RandomSplitter(seed=1)),list(range(30))
+    for kwargs,said in ((dict(classes=0), '`classes` must be a number, 1 or more, or a list'), (dict(classes=[]), '`classes` must be'), (dict(classes=True), '`classes` must be'), (dict(classes=2, by='size'), '`by` must be one of'),
+                        (dict(classes=2, per_class=0), '`per_class` must be a whole number'), (dict(classes=2, seed=-1), '`seed` must be')):
+        with pytest.raises(ValueError, match=said): db.class_subset(**kwargs)
+    with pytest.raises(ValueError, match='at most the 3 classes that have images, not 4'): db.class_subset(4).datasets(items)
+    with pytest.raises(ValueError, match="not 'd'"): db.class_subset(['a','d']).datasets(items)
+    with pytest.raises(ValueError, match='must have a `CategoryBlock` or a `MultiCategoryBlock`'): DataBlock((ImageBlock,RegressionBlock)).class_subset(2)
+    with pytest.raises(ValueError, match='not the labels of boxes'): DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), n_inp=1).class_subset(2)
+    for sizes in ((5,None), (2,2), (3,None), (0,), ()):
+        with pytest.raises(ValueError, match='`sizes` must be'): class_ladder(db, items, sizes)
+
+def test_labels_are_those_that_fastai_reads():
+    df = pd.DataFrame(dict(name=list('abcd'), n=[3,1,3,2], tag=['x','','x y','y']))
+    for db in (DataBlock((ImageBlock,CategoryBlock), get_x=blank, get_y=ColReader('n')), DataBlock((ImageBlock,CategoryBlock), get_x=blank, get_y=ColReader('name', pref='p_', suff='.s')), DataBlock((ImageBlock,CategoryBlock), get_x=blank, get_y=ColReader(1)),
+               DataBlock((ImageBlock,CategoryBlock), get_x=blank, get_y=lambda r: r.n + 1), DataBlock((ImageBlock,MultiCategoryBlock), get_x=blank, get_y=ColReader('tag', label_delim=' '))):
+        dsets = db.datasets(df)
+        y = dsets.tls[1]
+        shown = [list(y.decode(o)) if isinstance(db.type_tfms[1][-1], type) else str(y.decode(o)) for o in y]
+        got = read_labels(db, df)
+        order = [i for s in dsets.splits for i in s]
+        assert [str(o) if not isinstance(o, list) else sorted(o) for o in got]==[str(o) if not isinstance(o, list) else sorted(o) for o in shown], (got,shown,order)
