@@ -80,7 +80,7 @@ def all_columns(
     res[:,[list(full).index(c) for c in vocab]] = preds
     return res
 
-# %% ../nbs/22_climb.ipynb #7303d23a
+# %% ../nbs/22_climb.ipynb #7630eb25
 class Climb:
     "What `climb` found: a row a rung; shows itself as a table"
     def __init__(self): self.cvs,self.rows,self.stopped = [],[],None
@@ -157,7 +157,7 @@ def climb(
     ks,res = list(range(n_splits) if folds is None else folds),Climb()
     dirs = [out/f'{i+1}-{len(p.vocab)}-classes' for i,p in enumerate(plans)]
     done = sum((d/f'fold-{k}-oof.pth').exists() for d in dirs for k in ks) if resume else 0
-    print(f'climb: {len(plans)} rungs of {", ".join(str(len(p.vocab)) for p in plans)} classes, {len(ks)} folds, {len(plans)*len(ks)} fits' + (f'; {done} of them are done in {out.name!r} (resume=False starts anew)' if done else ''), flush=True)
+    print(f'climb: {len(plans)} rungs of {", ".join(str(len(p.vocab)) for p in plans)} classes, {len(ks)} fold{"s"[:len(ks)>1]}, {len(plans)*len(ks)} fits' + (f'; {done} of them are done in {out.name!r} (resume=False starts anew)' if done else ''), flush=True)
     progress = Progress([len(p.splits[k][0])*((s or 1)**2) for p,s in zip(plans, px) for k in ks])
     for i,(plan,d,size) in enumerate(zip(plans, dirs, px)):
         before,what = res.cvs[-1] if res.cvs else None,f'rung {i+1}/{len(plans)}, {len(plan.vocab)} classes'

@@ -8,8 +8,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/evaluate.html.md"""
 __all__ = ['fold_splits', 'Folds', 'Progress', 'run_fold', 'CrossValidation', 'confused_pairs', 'plot_oof', 'fine_tune_4',
            'cross_validate']
 
-# %% ../nbs/21_evaluate.ipynb #9f3105df
-import zlib
+# %% ../nbs/21_evaluate.ipynb #324f251f
+import gc, shutil, zlib
 from fastprogress.fastprogress import progress_bar
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, confusion_matrix
@@ -87,7 +87,7 @@ class Folds:
         "What a file of fold `k` must agree with"
         return _plain(dict(classes=[str(c) for c in self.vocab or []], seed=self.seed, **{f'{n} items':_crc(take(self.all_items, s)) for n,s in zip(('training','validation'), self.splits[k])}))
 
-# %% ../nbs/21_evaluate.ipynb #c591d1fe
+# %% ../nbs/21_evaluate.ipynb #653ad6c6
 class Progress:
     "One bar for many fits: what is being done, and how long all that is left will take"
     def __init__(self,
@@ -156,6 +156,9 @@ def run_fold(
         set_seed(folds.seed + k)
         began,learn = time.time(),start(folds.dls(k), k)
         if not isinstance(learn, Learner): raise ValueError(f'`make_learner` must return a Learner, not {learn!r}')
+        # What callbacks and `fit_stages` write is the fold's: another one's checkpoint must not be taken for it
+        learn.path = out/f'fold-{k}'
+        if not resume: shutil.rmtree(learn.path, ignore_errors=True)
         with learn.no_bar(), learn.no_logging(), learn.added_cbs(_ShowEpoch(progress, what)): fit(learn)
         progress.show(f'{what}, scores')
         with learn.no_bar(), learn.no_logging(): preds,targs,scores = _score(learn)
@@ -167,6 +170,8 @@ def run_fold(
         file.unlink(missing_ok=True) # A record speaks of the weights beside it
         save_whole(get_model(learn.model).state_dict(), out/f'fold-{k}.pth')
         save_whole(_plain(rec), file)
+    del learn
+    gc.collect() # Callbacks hold the Learner that holds them: without this its memory waits on the device
     progress.next()
     return rec
 

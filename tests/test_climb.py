@@ -1,18 +1,20 @@
 "`climb` and `cross_validate`: killed anywhere and run again it loses at most a fold, and ends in the same table"
 import random, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
-from fastai.data.transforms import ColReader, ColSplitter, RandomSplitter
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy, accuracy_multi, error_rate
+from fastai.data.transforms import ColReader, RandomSplitter
+from fastai.learner import Learner, defaults
+from fastai.metrics import accuracy_multi
 from fastai.vision.augment import Flip, RandomResizedCrop, Resize, aug_transforms
 from fastai.vision.data import ImageBlock
 from fastai.vision.models.xresnet import xresnet18
 from fastai_tricks.climb import accuracy_on, climb, test_ids as ids_of
 from fastai_tricks.evaluate import cross_validate, fold_splits
 from fastai_tricks.labels import ItemLabels
+from fastai_tricks.stages import Stage
 from fastai_tricks.test_utils import sizes_seen
 from climb_run import kind, make_learner, noise, run
 import fastai.callback.schedule, fastai_tricks.subset
@@ -25,6 +27,17 @@ ALL = dict(out='x', num_workers=0, device='cpu', bs=4)
 def script(*args): return [sys.executable, str(SCRIPT), *map(str, args)]
 def results(folder): return pd.read_json(folder/'table.json'),torch.load(folder/'oof.pth'),{p.parent.name:p.read_text() for p in (folder/'climb').glob('*/submission.csv')}
 def fits(folder): return (folder/'fits.txt').read_text().splitlines()
+
+@contextmanager
+def sizes_of_all():
+    "Sizes of the training batches of any Learner made within"
+    seen = []
+    class See(Callback):
+        order,run_valid = 100,False
+        def after_pred(self): seen.append(self.xb[0].shape[-1])
+    defaults.callbacks.append(See)
+    try: yield seen
+    finally: defaults.callbacks.remove(See)
 
 def same(a, b):
     (t,o,s),(t1,o1,s1) = results(a),results(b)
@@ -229,3 +242,16 @@ def test_accuracy_on_the_first_classes():
     p,y,vocab = torch.tensor(rng.random((50,5))),torch.tensor(rng.integers(0, 5, 50)),list('abcde')
     got = accuracy_on(p, y, vocab, ['d','b'])
     assert got==pytest.approx(np.mean([max((float(p[i,c]),c) for c in (3,1))[1]==y[i] for i in range(50) if y[i] in (3,1)]))
+
+def test_fit_stages_in_a_fold(tmp_path):
+    "Each fold has its own checkpoint; a crash in between costs no stage; a new call starts anew"
+    db,n = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32)),[]
+    def fit(learn):
+        n.append(len(learn.fit_stages([Stage(16,1),Stage(32,1)], resume=True)))
+        if len(n)==2: raise RuntimeError('boom')
+    args = dict(n_splits=2, fit=fit, resume=True, **{**ALL, 'out':tmp_path})
+    with pytest.raises(RuntimeError): cross_validate(make_learner, db, list(range(36)), **args)
+    with sizes_of_all() as seen: cv = cross_validate(make_learner, db, list(range(36)), **args)
+    assert len(cv.done)==36 and not seen # The second fold's stages were done
+    with sizes_of_all() as seen: cross_validate(make_learner, db, list(range(36)), **{**args, 'resume':False})
+    assert len(seen)==2*2*4 and (tmp_path/'fold-1'/'models'/'stages.pth').exists()
