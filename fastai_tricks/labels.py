@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from fasttransform import Transform
 from .core import keep_random
 
-# %% ../nbs/19_labels.ipynb #bf9dab1b
+# %% ../nbs/19_labels.ipynb #9ecae6db
 def _made(fs): return [f() if isinstance(f, type) and issubclass(f, Transform) else f for f in fs]
 
 def _target(
@@ -34,8 +34,9 @@ def _map_items(f, items):
     "`f` of every item, as fastai would call it"
     if not hasattr(items, 'iloc'): return list(map(_parent_label if f is parent_label and all(isinstance(o, Path) for o in items) else f, items))
     if isinstance(f, ColReader): # The columns it reads, whole
-        cols = {c:(items.iloc[:,c] if isinstance(c, int) else items[c]).tolist() for c in f.cols}
-        return [f(dict(zip(cols, o))) for o in zip(*cols.values())]
+        rows = list(zip(*((items.iloc[:,c] if isinstance(c, int) else items[c]).tolist() for c in f.cols)))
+        read = {o:f(dict(zip(f.cols, o))) for o in dict.fromkeys(rows)}
+        return [read[o] for o in rows]
     return [f(row) for _,row in items.iterrows()]
 
 def read_labels(

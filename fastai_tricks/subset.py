@@ -27,7 +27,7 @@ def rank_classes(
     if by=='frequency': return sorted(names, key=lambda c: -counts[c])
     return [names[i] for i in np.random.default_rng(seed).permutation(len(names))] if by=='random' else names
 
-# %% ../nbs/20_subset.ipynb #6d660631
+# %% ../nbs/20_subset.ipynb #6cc4474f
 def restrict(
     splits, # Indices of training and of validation items
     labels:ItemLabels, # Of all items
@@ -50,12 +50,15 @@ def _cap(idxs, labels, names, per_class, seed):
     if not labels.multi:
         nth = pd.Series(labels.code[idxs]).groupby(labels.code[idxs]).cumcount()
         return idxs[(nth<per_class).to_numpy()]
-    have,kept,starts = collections.Counter(),[],np.searchsorted(labels.item, np.arange(labels.n+1))
-    for i in idxs:
-        own = [c for c in map(labels.names.__getitem__, labels.code[starts[i]:starts[i+1]]) if c in names]
-        if all(have[c]<per_class for c in own):
-            kept.append(i)
-            have.update(own)
+    wanted = np.array([c in names for c in labels.names])[labels.code]
+    item,code = labels.item[wanted],labels.code[wanted].tolist()
+    starts = np.searchsorted(item, np.arange(labels.n+1)).tolist()
+    have,kept = [0]*len(labels.names),[]
+    for i in idxs.tolist():
+        own = code[starts[i]:starts[i+1]]
+        if any(have[c]>=per_class for c in own): continue
+        kept.append(i)
+        for c in own: have[c] += 1
     return np.array(kept, dtype=int)
 
 # %% ../nbs/20_subset.ipynb #6152c95c
