@@ -8,9 +8,10 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
            'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-           'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'climb', 'Climb', 'accuracy_on']
+           'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns',
+           'climb', 'Climb', 'accuracy_on']
 
-# %% ../nbs/99_all.ipynb #438db069
+# %% ../nbs/99_all.ipynb #f132a2ab
 import fastai_tricks.head
 from .climb import Climb, accuracy_on, climb
 from .evaluate import CrossValidation, cross_validate
@@ -22,11 +23,11 @@ from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
 from .schedule import linear_scaled_lr, plot_schedule, schedule_table, zero_gamma
 from .stages import Stage
-from .submission import write_submission
+from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder
 
-# %% ../nbs/99_all.ipynb #4fafca0e
+# %% ../nbs/99_all.ipynb #76e88eec
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-         'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'climb', 'Climb', 'accuracy_on']
+         'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on']

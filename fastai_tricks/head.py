@@ -61,7 +61,7 @@ def _group(
     res = [[at[r] for r in g if r in at] for g in groups] + [[i for i,r in enumerate(rows) if r is None]]
     return [g for g in res if g]
 
-# %% ../nbs/23_head.ipynb #599882c3
+# %% ../nbs/23_head.ipynb #918f43c6
 def _is_classifier(m, c):
     return (isinstance(m, nn.Linear) and m.out_features==c) or (isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1 and m.out_channels==c)
 
@@ -70,16 +70,16 @@ def last_layers(
     c:int, # Number of classes
 )->list: # One layer; two for timm's distilled transformers
     "The layers whose rows are classes: timm's `get_classifier`, otherwise the last linear or 1×1 convolution with `c` outputs"
-    own = list(filter(lambda m: _is_classifier(m, c), L(model.get_classifier()))) if hasattr(model, 'get_classifier') else []
-    found = own or [m for m in model.modules() if _is_classifier(m, c)][-1:]
-    if not found: raise ValueError(f'`learn.model` must end in a linear layer or a 1×1 convolution with an output for each of the {c} classes of `learn.dls`; {type(model).__name__} has none')
+    if hasattr(model, 'get_classifier'): found = [m for o in L(model.get_classifier()) if isinstance(o, nn.Module) for m in o.modules() if _is_classifier(m, c)]
+    else: found = [m for m in model.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size==(1,1))][-1:]
+    if not found or not _is_classifier(found[-1], c): raise ValueError(f'`learn.model` must end in a linear layer or a 1×1 convolution with an output for each of the {c} classes of `learn.dls`, which {type(model).__name__} does not')
     plain = nn.Linear.forward,nn.Conv2d.forward,GrownLinear.forward,GrownConv2d.forward,*_timm_forward
-    if odd := [type(m).__name__ for m in found if type(m).forward not in plain]: raise ValueError(f'`learn.model` must end in a plain linear layer or 1×1 convolution, not {odd[0]}')
+    if odd := [type(m).__name__ for m in found if type(m).forward not in plain or 'weight' not in m._parameters]: raise ValueError(f'`learn.model` must end in a plain linear layer or 1×1 convolution, not {odd[0]}')
     return found
 
 _timm_forward = timm.layers.Linear.forward,
 
-# %% ../nbs/23_head.ipynb #e9e5914c
+# %% ../nbs/23_head.ipynb #4215c8b6
 def _replace(module, name, rows, fill, opt):
     "A parameter or buffer with other rows, the optimiser's state with it"
     old = getattr(module, name)
@@ -89,9 +89,12 @@ def _replace(module, name, rows, fill, opt):
     new = nn.Parameter(new, requires_grad=old.requires_grad)
     setattr(module, name, new)
     if opt is None: return
-    for ps in opt.param_lists:
+    slow = getattr(opt, 'slow_weights', None) # fastai's `Lookahead` has a second copy
+    for j,ps in enumerate(opt.param_lists):
         for i,p in enumerate(ps):
-            if p is old: ps[i] = new
+            if p is not old: continue
+            ps[i] = new
+            if slow is not None: slow[j][i] = torch.where(torch.tensor([r is None for r in rows], device=new.device).view(-1, *[1]*(new.ndim-1)), new.detach(), take_rows(slow[j][i], rows, 'zero'))
     states = opt.opt.state if isinstance(opt, OptimWrapper) else opt.state
     if old in states: states[new] = {k:take_rows(v, rows, 'zero') if isinstance(v, Tensor) and v.shape==old.shape else v for k,v in states.pop(old).items()}
 
@@ -117,7 +120,7 @@ def grow_layers(
         else: m.__class__,m.out_channels = GrownConv2d,n
     if hasattr(model, 'num_classes'): model.num_classes = n
 
-# %% ../nbs/23_head.ipynb #f2dea02d
+# %% ../nbs/23_head.ipynb #20974f62
 def _class_names(dls):
     v = getattr(dls, 'vocab', None)
     if v is None or (len(v) and is_listy(v[0])): raise ValueError('`dls` must have one vocabulary, that of its classes')
@@ -139,6 +142,7 @@ def grow_head(self:Learner,
     dls:DataLoaders, # With the classes to go on with, more or fewer
 )->Learner: # `self`, with `dls`
     "Go on with other classes: rows of the last layer follow the names of the classes"
+    if not isinstance(dls, DataLoaders): raise ValueError(f'`dls` must be DataLoaders with the new classes, not {type(dls).__name__}')
     old,new = _class_names(self.dls),_class_names(dls)
     rows = rows_by_name(old, new)
     if len(set(new))<len(new): raise ValueError('`dls` must name each class once')

@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from fasttransform import Transform
 from .core import keep_random
 
-# %% ../nbs/19_labels.ipynb #9ecae6db
+# %% ../nbs/19_labels.ipynb #85b5e779
 def _made(fs): return [f() if isinstance(f, type) and issubclass(f, Transform) else f for f in fs]
 
 def _target(
@@ -32,7 +32,7 @@ def _parent_label(o): return os.path.basename(os.path.dirname(os.fspath(o))) # A
 
 def _map_items(f, items):
     "`f` of every item, as fastai would call it"
-    if not hasattr(items, 'iloc'): return list(map(_parent_label if f is parent_label and all(isinstance(o, Path) for o in items) else f, items))
+    if not isinstance(items, pd.DataFrame): return list(map(_parent_label if f is parent_label and all(isinstance(o, Path) for o in items) else f, items))
     if isinstance(f, ColReader): # The columns it reads, whole
         rows = list(zip(*((items.iloc[:,c] if isinstance(c, int) else items[c]).tolist() for c in f.cols)))
         read = {o:f(dict(zip(f.cols, o))) for o in dict.fromkeys(rows)}
@@ -52,7 +52,7 @@ def read_labels(
     if isinstance(cat, EncodedMultiCategorize): labels = [[cat.vocab[k] for k,b in enumerate(o) if b] for o in labels]
     return labels
 
-# %% ../nbs/19_labels.ipynb #68ec363c
+# %% ../nbs/19_labels.ipynb #caa6a769
 class ItemLabels:
     "Which classes each item has"
     def __init__(self,
@@ -60,13 +60,12 @@ class ItemLabels:
         multi:bool=False, # Lists?
     ):
         self.n,self.multi = len(labels),multi
-        self.item = np.repeat(np.arange(self.n), list(map(len, labels))) if multi else np.arange(self.n)
+        if multi: labels = [list(dict.fromkeys(o)) for o in labels]
+        self.labels,self.item = labels,np.repeat(np.arange(self.n), list(map(len, labels))) if multi else np.arange(self.n)
         flat = [c for o in labels for c in o] if multi else labels
         # `names[code[k]]` is a class of item `item[k]`; one without a label (NaN) has code -1
         self.code,names = pd.factorize(pd.Series(list(flat), dtype=object))
         self.names = list(names)
-
-    def of(self, i): return [self.names[c] for c in self.code[self.item==i] if c>=0]
 
     def counts(self,
         used:np.ndarray=None, # Indices of the items to count; default: all
@@ -88,21 +87,28 @@ class ItemLabels:
     def read(cls, dblock, items):
         "None where `dblock` has no categories"
         t = _target(dblock)
-        return t and cls(read_labels(dblock, items), isinstance(t[2], (MultiCategorize,EncodedMultiCategorize)))
+        if t is None: return
+        res = cls(read_labels(dblock, items), isinstance(t[2], (MultiCategorize,EncodedMultiCategorize)))
+        if not t[2].add_na and (bad := res.item[res.code<0]).size: raise ValueError(f'`dblock` must give each item a label; {len(bad)} have none (NaN), the first is {_short(take(items, bad[:1]))}')
+        return res
+
+def _short(items): return str(items.iloc[0].to_dict() if isinstance(items, pd.DataFrame) else items[0])
+
+def _few(names): return ', '.join(map(repr, names[:5])) + (f' and {len(names)-5} more' if len(names)>5 else '')
 
 def _mask(idxs, n):
     res = np.zeros(n, dtype=bool)
     res[np.asarray(idxs, dtype=int)] = True
     return res
 
-# %% ../nbs/19_labels.ipynb #8894fe3d
+# %% ../nbs/19_labels.ipynb #f469680a
 def vocab_order(
     dblock:DataBlock, # With categories
     names, # Classes, each once
 )->list: # The same in the order of a vocabulary
     "The vocabulary that fastai would make of `names`"
     cat = _target(dblock)[2]
-    if cat.vocab is not None:
+    if cat.vocab is not None and not cat.sort:
         known = {c:i for i,c in enumerate(cat.vocab)}
         return sorted(names, key=lambda c: known.get(c, len(known)))
     return sorted(names) if cat.sort else list(names)
@@ -113,10 +119,11 @@ def all_classes(
     used=None, # Indices of the items that count
 )->list: # In the order of a vocabulary; those of a given one also without an item
     "What 'all classes' means"
-    given = L(_target(dblock)[2].vocab).filter(lambda o: o!='#na#')
+    cat = _target(dblock)[2]
+    given = L(cat.vocab).filter(lambda o: not (cat.add_na and o=='#na#'))
     return vocab_order(dblock, list(dict.fromkeys([*given, *labels.counts(used)])))
 
-# %% ../nbs/19_labels.ipynb #c8660528
+# %% ../nbs/19_labels.ipynb #6bf438d6
 def _rebind(dblock):
     "A copy whose `dataloaders` are its own: fastai binds the method to the object it was made for"
     block = copy(dblock)
@@ -136,14 +143,15 @@ class _Columns:
 
 def _with_vocab(fs, vocab):
     "Type transforms of the target for the classes `vocab`"
-    res = []
+    res,add_na = [],False
     for f in _made(fs):
         if isinstance(f, EncodedMultiCategorize): res += [_Columns([list(f.vocab).index(c) for c in vocab]), EncodedMultiCategorize(list(vocab))]
         elif isinstance(f, Categorize):
-            f = copy(f)
-            f.vocab = CategoryMap(vocab, sort=False, add_na=f.add_na)
+            f,add_na = copy(f),f.add_na
+            if add_na: vocab = [c for c in vocab if c!='#na#'] # `CategoryMap` puts it first
+            f.vocab = CategoryMap(vocab, sort=False, add_na=add_na)
             res += [_Only(vocab), f] if isinstance(f, MultiCategorize) else [f]
-        else: res.append(OneHotEncode(len(vocab)) if isinstance(f, OneHotEncode) else f)
+        else: res.append(OneHotEncode(len(vocab) + add_na) if isinstance(f, OneHotEncode) else f)
     return L(res)
 
 def take(
@@ -170,22 +178,26 @@ def fixed_block(
         block.type_tfms = L(_with_vocab(fs, vocab) if k==i else fs for k,fs in enumerate(dblock.type_tfms))
     return block
 
-# %% ../nbs/19_labels.ipynb #60749508
-def _seeded(f, items, seed):
-    "`f(items)` with all random states seeded; did it draw from them?"
+# %% ../nbs/19_labels.ipynb #afa94a80
+_fixed = ('GrandparentSplitter','IndexSplitter','MaskSplitter','FileSplitter','ColSplitter','EndSplitter') # fastai's that draw nothing
+
+def _seeded(splitter, items, seed):
+    "Splits as arrays of indices, with all random states seeded"
     with keep_random():
         set_seed(seed)
-        was = get_random_states()
-        res = f(items)
-        now = get_random_states()
-    return res,any(str(was[k])!=str(now[k]) for k in ('random_state','numpy_state')) or not torch.equal(was['torch_state'], now['torch_state'])
+        splits = [np.asarray(s) for s in splitter(items)]
+    return [np.flatnonzero(s) if s.dtype==bool else np.arange(len(items))[s.astype(int)] for s in splits]
 
 def stable_splits(
     splitter, # A DataBlock's; None is fastai's default, `RandomSplitter()`
     items, # All items
     seed:int=42, # Where `splitter` has none of its own
-)->tuple: # `(splits, own)`; `own` is False where `splitter` draws others each time
+)->tuple: # `(splits, own)`: arrays of indices; `own` is False where `splitter` draws others each time
     "What `splitter` returns, the same at each call, with the random states left as they are"
-    splits,drew = _seeded(splitter or RandomSplitter(), items, seed)
-    own = not drew or all(list(a)==list(b) for a,b in zip(splits, _seeded(splitter or RandomSplitter(), items, seed+1)[0]))
-    return splits,own
+    splitter = splitter or RandomSplitter()
+    splits = _seeded(splitter, items, seed)
+    if getattr(splitter, '__module__', '')=='fastai.data.transforms' and splitter.__qualname__.split('.')[0] in _fixed: return splits,True
+    def same(other): return len(splits)==len(other) and all(map(np.array_equal, splits, other))
+    # A random generator of its own is not to be seeded from here
+    if not same(_seeded(splitter, items, seed)): raise ValueError(f'`splitter` must give the same validation items at each call; {getattr(splitter, "__qualname__", splitter)!r} draws others. Give it a seed')
+    return splits,same(_seeded(splitter, items, seed+1))

@@ -7,12 +7,12 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/subset.html.md"""
 # %% auto #0
 __all__ = ['rank_classes', 'restrict', 'ClassSplitter', 'class_ladder', 'rungs_of']
 
-# %% ../nbs/20_subset.ipynb #467efced
+# %% ../nbs/20_subset.ipynb #5565b5c4
 import difflib
 from types import MethodType
 from fastai.vision.all import *
 from .core import _check, _is_int
-from .labels import ItemLabels, _rebind, _target, all_classes, fixed_block, stable_splits, vocab_order
+from .labels import ItemLabels, _few, _rebind, _target, all_classes, fixed_block, stable_splits, vocab_order
 
 # %% ../nbs/20_subset.ipynb #6d8ea884
 _bys = ('frequency','random','name')
@@ -27,7 +27,7 @@ def rank_classes(
     if by=='frequency': return sorted(names, key=lambda c: -counts[c])
     return [names[i] for i in np.random.default_rng(seed).permutation(len(names))] if by=='random' else names
 
-# %% ../nbs/20_subset.ipynb #6cc4474f
+# %% ../nbs/20_subset.ipynb #40c97b15
 def restrict(
     splits, # Indices of training and of validation items
     labels:ItemLabels, # Of all items
@@ -37,7 +37,7 @@ def restrict(
 )->tuple: # The same splits with fewer items, in the same order
     "The part of `splits` that is of these classes, validation whole"
     keep = np.ones(labels.n, dtype=bool) if names is None else labels.having(names)
-    splits = [np.asarray(s, dtype=int)[keep[np.asarray(s, dtype=int)]] for s in splits]
+    splits = [s[keep[s]] for s in (np.asarray(s, dtype=int) for s in splits)]
     if per_class is not None:
         capped = _cap(splits[0], labels, set(labels.names if names is None else names), per_class, seed)
         splits[0] = splits[0][np.isin(splits[0], capped)]
@@ -61,10 +61,12 @@ def _cap(idxs, labels, names, per_class, seed):
         for c in own: have[c] += 1
     return np.array(kept, dtype=int)
 
-# %% ../nbs/20_subset.ipynb #6152c95c
+# %% ../nbs/20_subset.ipynb #1ba8a2de
 class ClassSplitter:
     "The splitter of a DataBlock of some classes, around that of the whole one"
-    def __init__(self, parent, classes=None, by='frequency', per_class=None, seed=42): store_attr()
+    def __init__(self, parent, classes=None, by='frequency', per_class=None, seed=42):
+        store_attr()
+        self.seed = int(seed)
 
     @property
     def root(self): return self.parent.splitter.root if isinstance(self.parent.splitter, ClassSplitter) else self.parent.splitter
@@ -79,7 +81,8 @@ class ClassSplitter:
         "The classes of the subset"
         if isinstance(self.parent.splitter, ClassSplitter):
             pool = self.parent.splitter.names(labels, used)
-            counts = {c:labels.counts(used).get(c, 0) for c in pool}
+            all_counts = labels.counts(used)
+            counts = {c:all_counts[c] for c in pool if c in all_counts}
         else:
             counts = labels.counts(used)
             pool = all_classes(self.parent, labels, used)
@@ -103,17 +106,17 @@ class ClassSplitter:
 
     def choose(self, items):
         "`(splits, names)` of `items`"
+        _check_items(items)
         labels = ItemLabels.read(self.parent, items)
         splits,own = stable_splits(self.root, items, self.seed)
         if not own: warn(f'`splitter` draws other validation items at each call. Subsets take those of seed {self.seed}; for loaders of all classes with the same use class_subset(None), or give the splitter a seed')
-        splits,names = self.restrict(splits, labels, np.concatenate([np.asarray(s, dtype=int) for s in splits]))
+        splits,names = self.restrict(splits, labels, np.concatenate(splits))
         _check(len(splits[0]), 'classes', self.classes, 'classes of which some image is for training')
-        if missing := [c for c in names if c not in labels.counts(splits[0])]: warn(f'No training image of {_few(missing)}')
+        have = labels.counts(splits[0])
+        if missing := [c for c in names if c not in have]: warn(f'No training image of {_few(missing)}')
         return splits,names
 
-    def __call__(self, items): return tuple(L(s.tolist()) for s in map(np.asarray, self.choose(items)[0]))
-
-def _few(names): return ', '.join(map(repr, names[:5])) + (f' and {len(names)-5} more' if len(names)>5 else '')
+    def __call__(self, items): return tuple(L(s.tolist()) for s in self.choose(items)[0])
 
 def _known(names, known):
     "Raise where one of `names` is not among `known`, and say which comes closest"
@@ -121,6 +124,8 @@ def _known(names, known):
     close = {c:difflib.get_close_matches(str(c), map(str, known), n=3) for c in unknown[:5]}
     said = ', '.join(f"{c!r}" + (f" ({' or '.join(map(repr, m))}?)" if m else '') for c,m in close.items())
     raise ValueError(f"`classes` must be among the {len(known)} classes of the data, not {said}" + (f' and {len(unknown)-5} more' if len(unknown)>5 else ''))
+
+def _check_items(items): _check(hasattr(items, '__getitem__') and not isinstance(items, str) and len(items), 'source', items, 'one in which the DataBlock finds items')
 
 def _check_subset(dblock, by, seed):
     _check(by in _bys, 'by', by, f'one of {_bys}')
@@ -142,6 +147,7 @@ def class_subset(self:DataBlock,
 )->DataBlock: # Another one; its loaders have these classes as vocabulary
     "The same DataBlock for some of the classes: splits are those of the whole, less other classes"
     _check_subset(self, by, seed)
+    if hasattr(classes, 'tolist') and np.ndim(classes) or isinstance(classes, (set,frozenset,dict)): classes = list(classes)
     _check(classes is None or (_is_int(classes) and classes>0) or (is_listy(classes) and len(classes)), 'classes', classes, 'a number, 1 or more, or a list of names')
     _check(per_class is None or (_is_int(per_class) and per_class>0), 'per_class', per_class, 'a whole number, 1 or more')
     block = _rebind(self)
@@ -149,7 +155,7 @@ def class_subset(self:DataBlock,
     block.datasets = MethodType(_subset_datasets, block)
     return block
 
-# %% ../nbs/20_subset.ipynb #b7bb90dc
+# %% ../nbs/20_subset.ipynb #8d93d71b
 def class_ladder(
     dblock:DataBlock, # With categories
     source, # As for its `dataloaders`
@@ -161,8 +167,9 @@ def class_ladder(
     _check_subset(dblock, by, seed)
     _check(is_listy(sizes) and len(sizes) and all(s is None or (_is_int(s) and s>0) for s in sizes), 'sizes', sizes, 'numbers of classes, 1 or more, or None')
     items = (dblock.get_items or noop)(source)
+    _check_items(items)
     sub = ClassSplitter(dblock, None, by, None, seed)
-    used = np.concatenate([np.asarray(s, dtype=int) for s in stable_splits(sub.root, items, seed)[0]])
+    used = np.concatenate(stable_splits(sub.root, items, seed)[0])
     return rungs_of(sub.names(ItemLabels.read(dblock, items), used), sizes)
 
 def rungs_of(

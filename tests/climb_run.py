@@ -41,8 +41,10 @@ class Slow(Callback):
     run_valid = False
     def before_backward(self): time.sleep(.05)
 
+HOW = {} # Not in `fit` itself, whose code and constants are compared when a run goes on
+
 def run(folder, kill='', **kwargs):
-    what,_,n = kill.partition(':')
+    HOW['what'],_,HOW['n'] = kill.partition(':')
     KillAt.i,replace,count = 0,os.replace,[0]
     def counted(*args, **kwargs):
         count[0] += 1
@@ -52,7 +54,7 @@ def run(folder, kill='', **kwargs):
     os.replace = counted
     def fit(learn):
         with open(folder/'fits.txt', 'a') as f: f.write(f'{learn.dls.c} {len(learn.dls.train_ds)} {sum(learn.dls.train_ds.items)}\n')
-        learn.fit_one_cycle(1, cbs=KillAt(int(n)) if what=='batch' else Slow() if what=='slow' else None)
+        learn.fit_one_cycle(1, cbs=dict(batch=lambda: KillAt(int(HOW['n'])), slow=Slow).get(HOW['what'], lambda: None)())
     # Nothing may depend on where the random states begin
     set_seed(int(time.time()))
     db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))

@@ -4,6 +4,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.transforms import ColReader, RandomSplitter
 from fastai.learner import Learner, defaults
@@ -11,17 +13,18 @@ from fastai.metrics import accuracy_multi
 from fastai.vision.augment import Flip, RandomResizedCrop, Resize, aug_transforms
 from fastai.vision.data import ImageBlock
 from fastai.vision.models.xresnet import xresnet18
-from fastai_tricks.climb import accuracy_on, climb, test_ids as ids_of
+from fastai_tricks.climb import accuracy_on, climb
 from fastai_tricks.evaluate import cross_validate, fold_splits
 from fastai_tricks.labels import ItemLabels
 from fastai_tricks.stages import Stage
+from fastai_tricks.submission import submission_ids as ids_of
 from fastai_tricks.test_utils import sizes_seen
 from climb_run import kind, make_learner, noise, run
 import fastai.callback.schedule, fastai_tricks.subset
 
 SCRIPT = Path(__file__).with_name('climb_run.py')
-# 3, 6 and 9 training batches a fold, two folds a rung. Files: the submission tried beforehand, 1; weights and record of each fold, 2 to 5, then the submission, 6; and so on
-KILLS = ['batch:2','batch:5','batch:16','batch:30','rename:2','rename:3','renamed:3','rename:6','renamed:6','rename:10','batch:10+rename:3+batch:1']
+# 3, 6 and 9 training batches a fold, two folds a rung. Files: the submission tried beforehand, 1; weights, record and test predictions of each fold, 2 to 7, then the submission, 8; and so on
+KILLS = ['batch:2','batch:5','batch:16','batch:30','rename:2','rename:3','renamed:3','rename:4','rename:8','renamed:8','rename:13','batch:10+rename:3+batch:1']
 ALL = dict(out='x', num_workers=0, device='cpu', bs=4)
 
 def script(*args): return [sys.executable, str(SCRIPT), *map(str, args)]
@@ -60,7 +63,7 @@ def test_killed_and_rerun(runs, kill):
     whole,again = fits(runs),fits(runs/kill)
     # Each kill costs at most the fold it fell into
     assert len(whole)==6 and set(whole)==set(again) and len(again)<=6 + len(kill.split('+'))
-    assert len(again)==6 + sum(k.startswith('batch') or k in ('rename:2','rename:3','rename:10') for k in kill.split('+'))
+    assert len(again)==6 + sum(k.startswith('batch') or k in ('rename:2','rename:3','rename:13') for k in kill.split('+'))
 
 def test_killed_from_outside_at_any_moment(runs, tmp_path):
     p = subprocess.Popen(script(tmp_path, 'slow'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -124,20 +127,99 @@ def test_resume_false_starts_anew_and_others_are_refused(tmp_path):
     assert len(n)==4
     climb(make_learner, db, list(range(72)), resume=False, **args)
     assert len(n)==8
-    for kwargs,said in ((dict(seed=1), 'other seed'), (dict(groups=[i//2 for i in range(72)]), 'other training items'), (dict(test_items=[1,2]), 'other test'), (dict(rungs=[(2,16),None]), 'other sizes')):
+    for kwargs,said in ((dict(seed=1), 'other seed'), (dict(groups=[i//2 for i in range(72)]), 'other groups'), (dict(n_splits=3), 'other n_splits'), (dict(bs=2), 'other bs'), (dict(rungs=[(2,16),None]), 'other transforms'), (dict(rungs=[3,None]), "holds the rung '1-2-classes' of another ladder")):
         with pytest.raises(ValueError, match=said): climb(make_learner, db, list(range(72)), **{**args, **kwargs})
-    with pytest.raises(ValueError, match='other training items'): climb(make_learner, db, list(range(60)), **args)
+    with pytest.raises(ValueError, match='other labels'): climb(make_learner, db, list(range(60)), **args)
     assert len(n)==8
+
+def test_other_code_is_refused_unless_forced(tmp_path):
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    args = dict(rungs=(2,None), n_splits=2, **{**ALL, 'out':tmp_path})
+    climb(make_learner, db, list(range(72)), fit=lambda learn: learn.fit(1), **args)
+    with pytest.raises(ValueError, match="other fit.*resume='force'"): climb(make_learner, db, list(range(72)), fit=lambda learn: learn.fit(1, 1e-2), **args)
+    with pytest.raises(ValueError, match='other make_learner'): climb(lambda dls: make_learner(dls), db, list(range(72)), fit=lambda learn: learn.fit(1), **args)
+    never = lambda learn: 1/0
+    assert len(climb(make_learner, db, list(range(72)), fit=never, resume='force', **args).table)==2
+
+def test_a_run_begun_anew_never_mixes_with_the_one_before(tmp_path):
+    db,n = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32)),[]
+    def fit(learn): n.append(1); learn.fit(1)
+    def dies(learn):
+        n.append(1)
+        if len(n)==6: raise RuntimeError
+        learn.fit(1)
+    args = dict(rungs=(2,None), n_splits=2, **{**ALL, 'out':tmp_path})
+    climb(make_learner, db, list(range(72)), fit=fit, **args)
+    with pytest.raises(RuntimeError): climb(make_learner, db, list(range(72)), fit=dies, resume=False, **args)
+    climb(make_learner, db, list(range(72)), fit=dies, **args)
+    assert len(n)==6+3
+    # Records of a rung that lost what it began from
+    (tmp_path/'1-2-classes'/'fold-0-oof.pth').unlink()
+    with pytest.raises(ValueError, match="did not begin from what '1-2-classes' holds"): climb(make_learner, db, list(range(72)), fit=dies, **args)
+
+def test_test_items_may_come_later_or_in_another_order(tmp_path):
+    db,n = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32)),[]
+    def fit(learn): n.append(1); learn.fit(1)
+    args,t = dict(rungs=(2,None), fit=fit, n_splits=2, submit=dict(topk=None), **{**ALL, 'out':tmp_path}),list(range(100, 108))
+    def sub(**kwargs): return pd.read_csv(climb(make_learner, db, list(range(72)), **args, **kwargs).table.submission.iloc[-1]).set_index('id')
+    climb(make_learner, db, list(range(72)), **args)
+    one = sub(test_items=t)
+    two = sub(test_items=t[::-1])
+    assert len(n)==4 and list(two.index)==list(one.index[::-1])
+    assert np.allclose(one, two.loc[one.index], atol=1e-6)
+
+def test_rows_and_labels_are_checked(tmp_path):
+    df = pd.DataFrame(dict(i=range(48), label=[kind(i) for i in range(48)], g=[i//4 for i in range(48)]))
+    db = lambda: DataBlock((ImageBlock,CategoryBlock), get_x=lambda r: noise(r.i), get_y=ColReader('label'), item_tfms=Resize(32))
+    args = dict(n_splits=3, groups='g', stratify=False, fit=fit_once, resume=True, **{**ALL, 'out':tmp_path})
+    cross_validate(make_learner, db(), df, **args)
+    with pytest.raises(ValueError, match='is of a run with other'): cross_validate(make_learner, db(), df.sample(frac=1, random_state=1), **args)
+    with pytest.raises(ValueError, match='other labels'): cross_validate(make_learner, db(), df.assign(label=df.label[::-1].tolist()), **args)
+
+def fit_once(learn): learn.fit(1)
+
+def test_weights_of_another_run_are_not_taken(tmp_path):
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    args = dict(n_splits=2, **{**ALL, 'out':tmp_path})
+    a = cross_validate(make_learner, db, list(range(36)), fit=fit_once, **args)
+    b = cross_validate(make_learner, db, list(range(36)), fit=lambda learn: learn.fit(2, .1), **args)
+    with pytest.raises(ValueError, match='was overwritten by another run'): a.predict([1,2])
+    state = random.getstate()
+    assert b.predict([1,2]).shape==(2,6) and random.getstate()==state
+
+def test_items_without_any_label_join_with_all_classes(tmp_path):
+    y = lambda i: [] if i%4==0 else [kind(i)]
+    db = DataBlock((ImageBlock,MultiCategoryBlock), get_x=noise, get_y=y, item_tfms=Resize(32))
+    def make(dls): return Learner(dls, make_learner(dls).model, metrics=accuracy_multi)
+    res = climb(make, db, list(range(72)), rungs=(2,None), fit=fit_once, n_splits=2, folds=[0], **{**ALL, 'out':tmp_path})
+    assert [len(cv.folds.rows) for cv in res.cvs]==[sum(bool(set(y(i)) & set(res.cvs[0].vocab)) for i in range(72)),72]
+
+def test_na_class_and_losses_of_pytorch(tmp_path):
+    na = DataBlock((ImageBlock,CategoryBlock(add_na=True)), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    def plain(dls): return Learner(dls, make_learner(dls).model, loss_func=torch.nn.CrossEntropyLoss())
+    res = climb(plain, na, list(range(72)), rungs=(2,None), fit=fit_once, n_splits=2, folds=[1], test_items=[100,101], submit=dict(topk=None), **{**ALL, 'out':tmp_path})
+    cv = res.cvs[-1]
+    assert cv.vocab==['#na#',*'abcdef'] and cv.oof.shape==(72,7) and res.table.classes.tolist()==[2,6]
+    assert torch.allclose(cv.oof[cv.done].sum(1), torch.ones(len(cv.done))) and [cv.vocab[i] for i in cv.targs[cv.done]]==[kind(cv.items[int(i)]) for i in cv.done]
+    assert list(pd.read_csv(res.table.submission.iloc[0]).columns)==['id',*'abcdef']
+    cv.plot()
+
+def test_callbacks_that_write_files(tmp_path):
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    cross_validate(make_learner, db, list(range(36)), n_splits=2, fit=lambda learn: learn.fit(1, cbs=[CSVLogger(),SaveModelCallback()]), seed=np.int64(3), **{**ALL, 'out':tmp_path})
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*.*') if p.parent.name!=tmp_path.name)==['fold-0/history.csv','fold-0/models/model.pth','fold-1/history.csv','fold-1/models/model.pth']
 
 def test_what_cannot_be_is_said_before_training(tmp_path):
     db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
     def never(learn): raise AssertionError('trained')
     sample = pd.DataFrame({'id':['0','1'], **{c:[0,0] for c in 'abcdef'}})
-    bad = [(dict(rungs=(2,9)), 'of which there are 6'), (dict(rungs=[]), '`rungs` must be'), (dict(rungs=[(2,3,4)]), '`rungs` must be'), (dict(rungs=[(2,0)]), 'sizes in pixels'), (dict(min_gain='much'), '`min_gain` must be'),
+    bad = [(dict(rungs=(2,9)), '`rungs` must be .*of which there are 6'), (dict(rungs=[]), '`rungs` must be'), (dict(rungs=[(2,3,4)]), '`rungs` must be'), (dict(rungs=[(2,0)]), 'size in pixels'), (dict(bs=64), 'at most the 19 training images of fold 0 of 2 classes'), (dict(bs=0), '`bs` must be'),
+        (dict(tta=-1), '`tta` must be'), (dict(test_items=[]), '`test_items` must be one or more items'), (dict(test_items='folder'), '`test_items` must be'), (dict(submit='s.csv'), '`submit` must be a dict'), (dict(resume=2), '`resume` must be'), (dict(groups=[None]*72), 'given for each item'), (dict(test_items=['x']), 'the first fails with'), (dict(min_gain='much'), '`min_gain` must be'),
         (dict(n_splits=1), '`n_splits` must be'), (dict(folds=[7]), '`folds` must be a list of numbers from 0 to 4'), (dict(fit='fine_tune'), '`fit` must be'), (dict(groups='patient'), 'a column of the items'), (dict(groups=[1,2]), 'a group for each of the 72 items'),
         (dict(test_items=[1,2,3], sample=sample), 'are not in the sample'), (dict(test_items=[0,1], sample=sample.drop(columns='b')), "classes without a column: 'b'"), (dict(test_items=[0,1], submit=dict(topk=9)), '`topk` must be'), (dict(test_items=[0,1], ids=['a','a']), 'not \'a\' twice')]
     for kwargs,said in bad:
         with pytest.raises(ValueError, match=said): climb(make_learner, db, list(range(72)), **{**dict(rungs=(2,None), fit=never, **{**ALL, 'out':tmp_path}), **kwargs})
+    with pytest.raises(TypeError, match="unexpected argument 'test_files'; did you mean 'test_items'"): climb(make_learner, db, list(range(72)), rungs=(2,None), fit=never, test_files=[1], **{**ALL, 'out':tmp_path})
     with pytest.raises(ValueError, match='must return a Learner'): climb(lambda dls: 1, db, list(range(72)), rungs=(2,None), fit=never, **{**ALL, 'out':tmp_path})
     assert not list(tmp_path.glob('*/*'))
 
@@ -229,7 +311,7 @@ def test_the_order_of_files_does_not_matter():
     items = [Path(f'{kind(i)}/{i}.jpg') for i in range(60)]
     db = DataBlock((ImageBlock,CategoryBlock), get_y=lambda p: p.parent.name, splitter=RandomSplitter())
     other = items[::-1]
-    for (a,b),(c,d) in zip(Folds(db, items).splits, Folds(db, other).splits):
+    for (a,b),(c,d) in zip(Folds(db, items, bs=8).splits, Folds(db, other, bs=8).splits):
         assert {items[i] for i in a}=={other[i] for i in c} and [items[i] for i in b]==[other[i] for i in d]
 
 def test_ids_of_test_items():

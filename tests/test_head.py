@@ -7,7 +7,7 @@ from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.learner import Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy
-from fastai.optimizer import OptimWrapper, SGD
+from fastai.optimizer import OptimWrapper, SGD, ranger
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, imagenet_stats
@@ -42,7 +42,7 @@ MODELS = dict(
     vision_bn_final=lambda dls: vision_learner(dls, torchvision.models.resnet18, pretrained=False, bn_final=True),
     vision_timm=lambda dls: vision_learner(dls, 'resnet10t', pretrained=False),
     **{n:(lambda dls, n=n: Learner(dls, getattr(torchvision.models, n)(num_classes=dls.c))) for n in ('squeezenet1_1','mobilenet_v3_small','shufflenet_v2_x0_5')},
-    **{n:(lambda dls, n=n: Learner(dls, timm.create_model(n, num_classes=dls.c))) for n in ('resnet10t','mobilenetv3_small_050','convnext_atto','efficientnet_lite0')},
+    **{n:(lambda dls, n=n: Learner(dls, timm.create_model(n, num_classes=dls.c))) for n in ('repvit_m0_9','resnet10t','mobilenetv3_small_050','convnext_atto','efficientnet_lite0')},
     **{n:(lambda dls, n=n: Learner(dls, timm.create_model(n, num_classes=dls.c, img_size=64))) for n in ('vit_tiny_patch16_224','deit_tiny_distilled_patch16_224','swin_tiny_patch4_window7_224')})
 
 @pytest.mark.parametrize('bs', [1,5])
@@ -201,3 +201,19 @@ def test_grown_twice_keeps_each_group():
     third = learn.model(x)
     assert isinstance(learn.model[2], GrownLinear) and len(learn.model[2].row_groups)==3
     assert torch.equal(second[:,:2], first) and torch.equal(third[:,KEPT], second)
+
+def test_lookahead_goes_along():
+    learn = Learner(loaders(OLD), xresnet18(n_out=3), opt_func=ranger)
+    fit(learn)
+    slow = learn.opt.slow_weights[0][-2].clone()
+    with learn.no_logging(): learn.grow_head(loaders(NEW))
+    grown = learn.opt.slow_weights[0][-2]
+    assert slow.shape==(3,512) and torch.equal(grown[KEPT], slow) and torch.equal(grown[[0,2,5]], learn.model[-1].weight.detach()[[0,2,5]])
+    fit(learn, reset_opt=False)
+
+def test_a_hidden_layer_is_not_taken_for_the_last():
+    odd = Learner(loaders(['b','d']), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192,2), nn.ReLU(), nn.Linear(2,5)))
+    with pytest.raises(ValueError, match='an output for each of the 2 classes'): odd.grow_head(loaders(NEW))
+    normed = Learner(loaders(OLD), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192,3))))
+    with pytest.raises(ValueError, match='must end in a plain linear layer'): normed.grow_head(loaders(NEW))
+    with pytest.raises(ValueError, match='`dls` must be DataLoaders with the new classes, not int'): odd.grow_head(8)

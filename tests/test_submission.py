@@ -49,7 +49,7 @@ def test_several_labels(tmp_path):
 @pytest.mark.parametrize('change,said', [
     (dict(ids=IDS[:3]), r'of shape \(3,3\)'), (dict(vocab=BREEDS[:2]), r'of shape \(4,2\)'), (dict(ids=[*IDS[:3],IDS[0]]), f"not '{IDS[0]}' twice"), (dict(vocab=['a','a','b']), "not 'a' twice"),
     (dict(preds=torch.full((4,3), float('nan'))), f"NaN or infinite as for '{IDS[0]}'.*and 1 more"), (dict(preds=P/0), 'must be finite'), (dict(topk=0), '`topk` must be 1 to 3'), (dict(topk=4), '`topk` must be'), (dict(topk=True), '`topk` must be'),
-    (dict(threshold=2), r'`threshold` must be a probability'), (dict(other='new'), '`threshold` must be given with `other`'), (dict(threshold=.5, other='basenji'), '`other` must be none of `vocab`'),
+    (dict(threshold=2), r'`threshold` must be a probability'), (dict(other='new'), '`other` must be left out where there is no `threshold`'), (dict(preds=P*3, threshold=.5), r'`preds` must be probabilities in \[0,1\]'), (dict(preds=(P,P)), r'take the first, \[0\]'), (dict(sep=None), '`sep` must be'), (dict(path='s.csv.gz'), 'not compressed'), (dict(path='.'), 'no folder'), (dict(threshold=.5, other='basenji'), '`other` must be none of `vocab`'),
     (dict(vocab=['a b','c','d'], topk=2), "`sep` must be in none of the classes, not ' ' as in 'a b'"), (dict(sample=pd.DataFrame(dict(id=IDS))), 'at least one more'),
     (dict(sample=pd.DataFrame(dict(id=[*IDS[:3],IDS[2]], label=''))), f"`sample` must name each id once, not '{IDS[2]}' twice"),
     (dict(sample=pd.DataFrame(dict(id=[*IDS[:2],'x','y'], label=''))), "2 of the sample are missing: 'x', 'y'; 2 are not in the sample")])

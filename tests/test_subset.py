@@ -174,3 +174,28 @@ def test_labels_are_those_that_fastai_reads():
         got = read_labels(db, df)
         order = [i for s in dsets.splits for i in s]
         assert [str(o) if not isinstance(o, list) else sorted(o) for o in got]==[str(o) if not isinstance(o, list) else sorted(o) for o in shown], (got,shown,order)
+
+def test_splitters_that_cannot_be_seeded_or_give_masks():
+    own = lambda o: (lambda p: (p[10:],p[:10]))(np.random.default_rng().permutation(len(o)))
+    with pytest.raises(ValueError, match='must give the same validation items at each call'): block(lambda i: i%3, splitter=own).class_subset(2).splitter(list(range(40)))
+    mask = np.arange(40)%4==0
+    train,valid = block(lambda i: i%3, splitter=lambda o: (~mask,mask)).class_subset([1]).splitter(list(range(40)))
+    assert set(valid)=={i for i in range(0,40,4) if i%3==1} and set(train)=={i for i in range(40) if i%4 and i%3==1}
+
+def test_items_without_a_label():
+    df = pd.DataFrame(dict(name=range(20), label=['a','b',None,'a']*5))
+    db = block(ColReader('label'), splitter=RandomSplitter(seed=1))
+    with pytest.raises(ValueError, match="must give each item a label; 5 have none .NaN., the first is {'name': 2"): db.class_subset(1).splitter(df)
+    na = DataBlock((ImageBlock,CategoryBlock(add_na=True)), get_x=blank, get_y=ColReader('label'), splitter=RandomSplitter(seed=1))
+    sub = na.class_subset(['a','b']).datasets(df.dropna())
+    assert sub.vocab==['#na#','a','b'] and {int(y) for _,y in sub.train}=={1,2}
+    tags = DataBlock((ImageBlock,MultiCategoryBlock(add_na=True)), get_x=blank, get_y=lambda i: ['ab'[i%2]], splitter=RandomSplitter(seed=1)).class_subset(None).datasets(list(range(20)))
+    assert {len(y) for _,y in tags.train}=={3}
+
+def test_names_from_pandas_and_classes_without_images():
+    labels = ['a']*6+['b']*4+['c']*2
+    db = DataBlock((ImageBlock,CategoryBlock(vocab=['a','b','c','u'])), get_x=blank, get_y=lambda i: labels[i], splitter=IndexSplitter([0,6,10]))
+    for names in (pd.Series(labels).value_counts().index[:2], np.array(['a','b']), {'a','b'}, pd.Series(['a','b'])): assert db.class_subset(names).datasets(list(range(12))).vocab==['a','b']
+    with pytest.warns(UserWarning, match="No training image of 'u'"): assert db.class_subset(None).datasets(list(range(12))).vocab==['a','b','c','u']
+    with pytest.raises(ValueError, match='at most the 3 classes that have images'): db.class_subset(None).class_subset(4).splitter(list(range(12)))
+    with pytest.raises(ValueError, match='`source` must be one in which'): db.class_subset(2).datasets([])
