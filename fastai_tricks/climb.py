@@ -7,13 +7,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/climb.html.md"""
 # %% auto #0
 __all__ = ['accuracy_on', 'block_at', 'Climb', 'climb']
 
-# %% ../nbs/22_climb.ipynb #69523286
+# %% ../nbs/22_climb.ipynb #7f85b9dd
 import shutil
 from types import MethodType
 from fastai.vision.all import *
 import fastai_tricks.head
 from .core import _check, _is_int, peek
-from .evaluate import CrossValidation, Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count, code_of, fine_tune_4, fold_learner, fold_tests, run_fold, saved_record
+from .evaluate import CrossValidation, fine_tune_4
+from .folds import Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count, code_of, fold_learner, fold_tests, run_fold, saved_record
 from .labels import _rebind, take, vocab_order
 from .loader import at_ratio, size_set
 from .submission import all_columns, submission_ids, write_submission

@@ -14,7 +14,8 @@ from fastai.vision.augment import Flip, RandomResizedCrop, Resize, aug_transform
 from fastai.vision.data import ImageBlock
 from fastai.vision.models.xresnet import xresnet18
 from fastai_tricks.climb import accuracy_on, climb
-from fastai_tricks.evaluate import cross_validate, fold_splits
+from fastai_tricks.evaluate import cross_validate
+from fastai_tricks.folds import fold_splits
 from fastai_tricks.labels import ItemLabels
 from fastai_tricks.stages import Stage
 from fastai_tricks.submission import submission_ids as ids_of
@@ -307,7 +308,7 @@ def test_folds_are_scikit_learns():
         for (a,b),(c,d) in zip(ours, theirs): assert (a==c).all() and (b==d).all()
 
 def test_the_order_of_files_does_not_matter():
-    from fastai_tricks.evaluate import Folds
+    from fastai_tricks.folds import Folds
     items = [Path(f'{kind(i)}/{i}.jpg') for i in range(60)]
     db = DataBlock((ImageBlock,CategoryBlock), get_y=lambda p: p.parent.name, splitter=RandomSplitter())
     other = items[::-1]

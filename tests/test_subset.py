@@ -9,7 +9,7 @@ from fastai.data.transforms import (ColReader, ColSplitter, FuncSplitter, Grandp
 from fastai.vision.core import PILImage
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
 from fastai.vision.augment import Resize
-from fastai_tricks.evaluate import Folds
+from fastai_tricks.folds import Folds
 from fastai_tricks.labels import read_labels
 from fastai_tricks.subset import class_ladder
 from fastai_tricks.sample import sample_images
