@@ -35,7 +35,7 @@ def accuracy_on(
     of = torch.isin(targs, idx)
     return (idx[oof[of][:,idx].argmax(1)]==targs[of]).float().mean().item()
 
-# %% ../nbs/22_climb.ipynb #211d728e
+# %% ../nbs/22_climb.ipynb #333f3642
 _rungs_accepted = 'a list of numbers of classes, rising, None for all, or of `(classes, size)` with a size in pixels'
 
 def _rungs(rungs):
@@ -54,7 +54,7 @@ def block_at(
     full = size_set(dblock.item_tfms, dblock.batch_tfms)
     if full is None: raise ValueError(f"`rungs` with sizes need item and batch transforms of fastai's of which one sets the size, not {[type(f).__name__ for f in [*dblock.item_tfms, *dblock.batch_tfms]]}")
     block,ratio = _rebind(dblock),(size/min(full),)*2
-    if 'datasets' in vars(dblock): block.datasets = MethodType(dblock.datasets.__func__, block)
+    for k in {'datasets','fixed'} & set(vars(dblock)): setattr(block, k, MethodType(vars(dblock)[k].__func__, block))
     block.item_tfms,block.batch_tfms = L(at_ratio(dblock.item_tfms, ratio)),L(at_ratio(dblock.batch_tfms, ratio))
     return block
 

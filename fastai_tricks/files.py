@@ -122,7 +122,7 @@ def _named_few(files):
     "At most five names, with their folders, for a message"
     return ''.join([': ', ', '.join('/'.join(Path(f).parts[-2:]) for f in list(files)[:5]), ', …' if len(files)>5 else '']) if len(files) else ''
 
-# %% ../nbs/13_files.ipynb #0e71a4f7
+# %% ../nbs/13_files.ipynb #abf1653b
 class CorruptImagesError(RuntimeError): "More images than allowed cannot be decoded"
 
 class _Log:
@@ -221,8 +221,11 @@ def _attach(dl, log, max_share):
 class _SkipCorrupt:
     "What `skip_corrupt` gives a `DataBlock` for its `dataloaders`"
     def __init__(self, dblock, max_share): self.dblock,self.max_share = dblock,max_share
+    def around(self, dblock): return _SkipCorrupt(dblock, self.max_share)
     def __call__(self, source, *args, **kwargs):
-        log,make,block = _Log(),self.dblock.dl_type or TfmdDL,copy(self.dblock)
+        # `class_subset` decides for a source which items there are
+        block = self.dblock.fixed(source) if hasattr(self.dblock, 'fixed') else copy(self.dblock)
+        log,make = _Log(),block.dl_type or TfmdDL
         block.dl_type = lambda *args, **kwargs: _attach(make(*args, **kwargs), log, self.max_share)
         items = (block.get_items or noop)(source)
         train,*rest = (block.splitter or RandomSplitter())(items)

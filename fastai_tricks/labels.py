@@ -123,12 +123,13 @@ def all_classes(
     given = L(cat.vocab).filter(lambda o: not (cat.add_na and o=='#na#'))
     return vocab_order(dblock, list(dict.fromkeys([*given, *labels.counts(used)])))
 
-# %% ../nbs/19_labels.ipynb #6bf438d6
+# %% ../nbs/19_labels.ipynb #4a2cfdc4
 def _rebind(dblock):
     "A copy whose `dataloaders` are its own: fastai binds the method to the object it was made for"
-    block = copy(dblock)
-    block.__dict__.pop('datasets', None)
-    block.dataloaders = delegates(block.dl_type.__init__)(MethodType(type(block).dataloaders, block))
+    block,own = copy(dblock),vars(dblock).get('dataloaders')
+    for k in ('datasets','fixed'): block.__dict__.pop(k, None)
+    # What `skip_corrupt` put in its place goes along
+    block.dataloaders = own.around(block) if hasattr(own, 'around') else delegates(block.dl_type.__init__)(MethodType(type(block).dataloaders, block))
     return block
 
 class _Only:

@@ -61,7 +61,7 @@ def _cap(idxs, labels, names, per_class, seed):
         for c in own: have[c] += 1
     return np.array(kept, dtype=int)
 
-# %% ../nbs/20_subset.ipynb #1ba8a2de
+# %% ../nbs/20_subset.ipynb #a5813b20
 class ClassSplitter:
     "The splitter of a DataBlock of some classes, around that of the whole one"
     def __init__(self, parent, classes=None, by='frequency', per_class=None, seed=42):
@@ -132,11 +132,15 @@ def _check_subset(dblock, by, seed):
     _check(_is_int(seed) and seed>=0, 'seed', seed, 'a whole number, 0 or more')
     if _target(dblock) is None: raise ValueError('`dblock` must have a `CategoryBlock` or a `MultiCategoryBlock` among its targets')
 
-def _subset_datasets(self, source, verbose=False):
-    self.source = source
+def _fixed(self, source):
+    "The DataBlock for `source` with nothing left to choose"
     items = (self.get_items or noop)(source)
     splits,names = self.splitter.choose(items)
-    return fixed_block(self, items, splits, vocab_order(self, names)).datasets(source, verbose)
+    return fixed_block(self, items, splits, vocab_order(self, names))
+
+def _datasets(self, source, verbose=False):
+    self.source = source
+    return self.fixed(source).datasets(source, verbose)
 
 @patch
 def class_subset(self:DataBlock,
@@ -152,7 +156,7 @@ def class_subset(self:DataBlock,
     _check(per_class is None or (_is_int(per_class) and per_class>0), 'per_class', per_class, 'a whole number, 1 or more')
     block = _rebind(self)
     block.splitter = ClassSplitter(self, L(classes).unique() if is_listy(classes) else classes, by, per_class, seed)
-    block.datasets = MethodType(_subset_datasets, block)
+    block.fixed,block.datasets = MethodType(_fixed, block),MethodType(_datasets, block)
     return block
 
 # %% ../nbs/20_subset.ipynb #8d93d71b

@@ -295,6 +295,7 @@ def test_workers(tmp_path, workers):
 
 def test_random_states_stay(tmp_path):
     db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    torch.manual_seed(123) # Two runs of one seed would end in the same state
     state = torch.get_rng_state()
     cross_validate(make_learner, db, list(range(36)), n_splits=2, fit=lambda learn: learn.fit(1), **{**ALL, 'out':tmp_path})
     assert torch.equal(torch.get_rng_state(), state)

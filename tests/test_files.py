@@ -3,16 +3,17 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from torch import nn
 from fasttransform import Transform
 from fastai.callback.core import Callback
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import ColReader, ColSplitter, GrandparentSplitter, IndexSplitter, get_image_files, parent_label
-from fastai.learner import load_learner
+from fastai.data.transforms import ColReader, ColSplitter, GrandparentSplitter, IndexSplitter, RandomSplitter, get_image_files, parent_label
+from fastai.learner import Learner, load_learner
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
-from fastai_tricks.all import CorruptImagesError, PILImageDraft, ProgressiveResize, resized_copies, skip_corrupt
+from fastai_tricks.all import CorruptImagesError, PILImageDraft, ProgressiveResize, climb, cross_validate, resized_copies, skip_corrupt
 from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 def picture(seed, wh=(300,200), mode='RGB'): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8,12,3), dtype=np.uint8)).resize(wh, Image.Resampling.BICUBIC).convert(mode)
@@ -269,3 +270,22 @@ def test_skip_corrupt_of_something_else(data):
 
 def test_max_share_out_of_range():
     with pytest.raises(ValueError, match='`max_share`'): skip_corrupt(block(), max_share=5)
+
+def test_skip_corrupt_with_class_subsets_and_folds(tmp_path):
+    for c in 'abc':
+        (tmp_path/'photos'/c).mkdir(parents=True)
+        for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 255, (40,40,3), dtype=np.uint8)).save(tmp_path/'photos'/c/f'{i:02}.jpg')
+    for f in ('a/00.jpg','b/05.jpg'): (tmp_path/'photos'/f).write_bytes((tmp_path/'photos'/f).read_bytes()[:300])
+    block,met = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=Resize(32)),set()
+    def fit(learn):
+        learn.fit(1)
+        met.update(Path(f).relative_to(tmp_path/'photos').as_posix() for f in learn.corrupt_images['file'])
+    def make(dls): return Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48,dls.c)))
+    args = dict(fit=fit, n_splits=3, bs=4, num_workers=0, device='cpu', out=tmp_path/'out')
+    for b in (skip_corrupt(block, max_share=.5), skip_corrupt(block, max_share=.5).class_subset(['a','b']), skip_corrupt(block.class_subset(['a','b']), max_share=.5)):
+        met.clear()
+        cv = cross_validate(make, b, tmp_path/'photos', **args)
+        assert met=={'a/00.jpg','b/05.jpg'} and len(cv.items)==(36 if len(cv.vocab)==3 else 24) and not cv.oof.isnan().any()
+    met.clear()
+    climb(make, skip_corrupt(block, max_share=.5), tmp_path/'photos', rungs=[(2,16),None], by='name', **args)
+    assert met=={'a/00.jpg','b/05.jpg'}
