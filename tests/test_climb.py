@@ -339,3 +339,14 @@ def test_fit_stages_in_a_fold(tmp_path):
     assert len(cv.done)==36 and not seen # The second fold's stages were done
     with sizes_of_all() as seen: cross_validate(make_learner, db, list(range(36)), **{**args, 'resume':False})
     assert len(seen)==2*2*4 and (tmp_path/'fold-1'/'models'/'stages.pth').exists()
+
+def test_each_fold_begins_with_its_own_weights_of_the_rung_before(tmp_path):
+    db,starts = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32)),[]
+    def fit(learn):
+        starts.append({k:v.clone() for k,v in learn.model.state_dict().items()})
+        learn.fit(1)
+    res = climb(make_learner, db, list(range(72)), rungs=(2,None), fit=fit, n_splits=2, by='name', **{**ALL, 'out':tmp_path})
+    for k in range(2):
+        before,now = res.cvs[0].learner(k).model.state_dict(),starts[2+k]
+        for n in before: assert torch.equal(now[n][:2] if before[n].shape[:1]==(2,) else now[n], before[n]), (k, n)
+    assert not torch.equal(starts[2]['4.weight'][:2], starts[3]['4.weight'][:2])
