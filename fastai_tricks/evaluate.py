@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from .core import _check
 from .folds import Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count, _predict, code_of, fold_learner, forget_folds, run_fold, saved_record
 
-# %% ../nbs/21_evaluate.ipynb #cadd755d
+# %% ../nbs/21_evaluate.ipynb #b6f2663e
 class CrossValidation:
     "What `cross_validate` found; shows itself as a table"
     def __init__(self, folds:Folds, records:dict, make_learner, out:Path):
@@ -50,7 +50,7 @@ class CrossValidation:
     )->Tensor: # `(n,c)`, mean over the folds' models
         "Predict with the model of each fold"
         _check_tta(tta)
-        _check(not isinstance(items, DataLoader) and hasattr(items, '__len__') and not isinstance(items, str), 'items', items, 'items such as paths or a table, no loader and no folder')
+        _check(not isinstance(items, DataLoader) and hasattr(items, '__len__') and not isinstance(items, str) and len(items), 'items', items, 'one or more items such as paths or a table, no loader and no folder')
         progress = Progress([1]*len(self.files))
         res = 0
         for k in self.files:

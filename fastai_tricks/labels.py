@@ -179,13 +179,13 @@ def fixed_block(
         block.type_tfms = L(_with_vocab(fs, vocab) if k==i else fs for k,fs in enumerate(dblock.type_tfms))
     return block
 
-# %% ../nbs/19_labels.ipynb #afa94a80
+# %% ../nbs/19_labels.ipynb #5dde1d77
 _fixed = ('GrandparentSplitter','IndexSplitter','MaskSplitter','FileSplitter','ColSplitter','EndSplitter') # fastai's that draw nothing
 
 def _seeded(splitter, items, seed):
     "Splits as arrays of indices, with all random states seeded"
     with keep_random():
-        set_seed(seed)
+        set_seed(int(seed))
         splits = [np.asarray(s) for s in splitter(items)]
     return [np.flatnonzero(s) if s.dtype==bool else np.arange(len(items))[s.astype(int)] for s in splits]
 

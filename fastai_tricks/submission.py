@@ -79,7 +79,7 @@ def all_columns(
     res[:,[at[vocab[i]] for i in known]] = preds[:,known]
     return res
 
-# %% ../nbs/24_submission.ipynb #faf44b43
+# %% ../nbs/24_submission.ipynb #66ffb59c
 def _write_csv(rows, path):
     "Whole or not at all"
     tmp = path.with_name('.' + path.name + '.tmp')
@@ -131,8 +131,9 @@ def write_submission(
         columns,missing,extra = True,[c for c in header[1:] if c not in vocab],[c for c in vocab if c not in header[1:]]
         if missing or extra: raise ValueError('`vocab` must be the columns of `sample`; ' + '; '.join(f'{what}: {_some(o)}' for what,o in (('columns without a class',missing),('classes without a column',extra)) if o) + ('' if extra else ' (`all_columns` fills in 0 for them)'))
     if columns:
-        at = [vocab.index(c) for c in header[1:]]
-        return _write_csv([header, *([id,*(f"{preds[i,j]:.9g}" for j in at)] for id,i in zip(ids, order))], path)
+        where = {c:i for i,c in enumerate(vocab)}
+        at = [where[c] for c in header[1:]]
+        return _write_csv([header, *([id,*(f'{o:.9g}' for o in preds[i,at].tolist())] for id,i in zip(ids, order))], path)
     # Several labels in one cell must come apart again
     multi = threshold is not None and other is None and topk==1
     if (multi or topk!=1) and (bad := [c for c in [*vocab, *L(other)] if sep in str(c)]): raise ValueError(f'`sep` must be in none of the classes, not {sep!r} as in {_some(bad)}')

@@ -170,6 +170,7 @@ def test_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="not 'd'"): db.class_subset(['a','d']).datasets(items)
     with pytest.raises(ValueError, match='must have a `CategoryBlock` or a `MultiCategoryBlock`'): DataBlock((ImageBlock,RegressionBlock)).class_subset(2)
     with pytest.raises(ValueError, match='not the labels of boxes'): DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), n_inp=1).class_subset(2)
+    assert class_ladder(block(lambda i: 'abc'[i%3]), items, (2,None), 'random', seed=np.int64(3))==class_ladder(block(lambda i: 'abc'[i%3]), items, (2,None), 'random', seed=3)
     for sizes in ((5,None), (2,2), (3,None), (0,), ()):
         with pytest.raises(ValueError, match='`sizes` must be'): class_ladder(db, items, sizes)
 
