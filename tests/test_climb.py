@@ -1,5 +1,5 @@
 "`climb` and `cross_validate`: killed anywhere and run again it loses at most a fold, and ends in the same table"
-import random, subprocess, sys, time
+import random, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -20,6 +20,7 @@ from fastai_tricks.labels import ItemLabels
 from fastai_tricks.stages import Stage
 from fastai_tricks.submission import submission_ids as ids_of
 from fastai_tricks.test_utils import sizes_seen
+from killed import kill_from_outside
 from climb_run import kind, make_learner, noise, run
 import fastai.callback.schedule, fastai_tricks.subset
 
@@ -67,16 +68,7 @@ def test_killed_and_rerun(runs, kill):
     assert len(again)==6 + sum(k.startswith('batch') or k in ('rename:2','rename:3','rename:13') for k in kill.split('+'))
 
 def test_killed_from_outside_at_any_moment(runs, tmp_path):
-    p = subprocess.Popen(script(tmp_path, 'slow'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        end = time.time() + 60
-        while not list((tmp_path/'climb').glob('*/fold-0-oof.pth')):
-            assert p.poll() is None and time.time()<end, 'no record'
-            time.sleep(.02)
-        time.sleep(random.random()*1.5)
-    finally:
-        p.kill()
-        p.communicate()
+    kill_from_outside(script(tmp_path, 'slow'), lambda: list((tmp_path/'climb').glob('*/fold-0-oof.pth')), 1.5)
     assert not (tmp_path/'table.json').exists()
     subprocess.run(script(tmp_path, ''), check=True, capture_output=True)
     assert same(runs, tmp_path) and len(fits(tmp_path))<=7

@@ -1,5 +1,5 @@
 "`fit_stages`: killed anywhere and run again, it ends with the weights of a run that was not"
-import random, subprocess, sys, time
+import subprocess, sys
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -16,6 +16,7 @@ from fastai.vision.augment import RandomResizedCrop, aug_transforms
 from fastai_tricks.resize import ProgressiveResize
 from fastai_tricks.stages import Stage
 from fastai_tricks.test_utils import tiny_dls, tiny_learner, sizes_seen
+from killed import kill_from_outside
 from stages_run import STAGES, make_learner
 
 SCRIPT = Path(__file__).with_name('stages_run.py')
@@ -73,16 +74,7 @@ def test_killed_and_rerun(runs, kill):
     for p in (runs/'models').glob('stages-*'): assert same(torch.load(p, weights_only=True), torch.load(runs/kill/'models'/p.name, weights_only=True))
 
 def test_killed_from_outside_at_any_moment(runs, tmp_path):
-    p = subprocess.Popen(script(tmp_path, 'slow'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        end = time.time() + 60
-        while not (tmp_path/'models'/'stages.pth').exists():
-            assert p.poll() is None and time.time()<end, 'no checkpoint'
-            time.sleep(.02)
-        time.sleep(random.random()*2)
-    finally:
-        p.kill()
-        p.communicate()
+    kill_from_outside(script(tmp_path, 'slow'), (tmp_path/'models'/'stages.pth').exists, 2)
     assert not (tmp_path/'final.pth').exists()
     subprocess.run(script(tmp_path, ''), check=True, capture_output=True)
     assert same(results(runs)[0], results(tmp_path)[0])
