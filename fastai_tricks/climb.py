@@ -58,7 +58,7 @@ def block_at(
     block.item_tfms,block.batch_tfms = L(at_ratio(dblock.item_tfms, ratio)),L(at_ratio(dblock.batch_tfms, ratio))
     return block
 
-# %% ../nbs/22_climb.ipynb #49370f74
+# %% ../nbs/22_climb.ipynb #00c00a5d
 class Climb:
     "What `climb` found: a row a rung; shows itself as a table"
     def __init__(self): self.cvs,self.rows,self.stopped = [],[],None
@@ -172,13 +172,13 @@ def climb(
     for d in [] if not out.exists() else [d for d in out.iterdir() if re.fullmatch(r'\d+-\d+-classes', d.name)]:
         if not resume: shutil.rmtree(d)
         elif d not in dirs and int(d.name.split('-')[0])<=len(dirs): raise ValueError(f'{str(out)!r} holds the rung {d.name!r} of another ladder. Choose another `out`, or start anew with resume=False')
-    records = _saved(plans, dirs, ks, resume, [dict(rungs=ns[:i+1], fit=code_of(fit), make_learner=code_of(make_learner)) for i in range(len(ns))], out)
+    belongs = [dict(rungs=ns[:i+1], fit=code_of(fit), make_learner=code_of(make_learner)) for i in range(len(ns))]
+    records = _saved(plans, dirs, ks, resume, belongs, out)
     n,res = sum(map(len, records)),Climb()
     print(f'climb: {_count(len(plans), "rung")} of {", ".join(map(str, ns))} classes, {_count(len(ks), "fold")}, {_count(len(plans)*len(ks), "fit")}' + (f'; {n} already done in {out.name!r} (resume=False starts anew)' if n else ''), flush=True)
     progress = Progress([len(p.splits[k][0])*((s or 1)**2) for p,s in zip(plans, px) for k in ks])
     for i,(plan,d,size) in enumerate(zip(plans, dirs, px)):
-        _climb_rung(plan, plans[i-1] if i else None, d, dirs[i-1], ks, make_learner, fit, records[i], records[i-1], progress, f'rung {i+1}/{len(plans)}, {ns[i]} classes', test_items, tta,
-                    dict(rungs=ns[:i+1], fit=code_of(fit), make_learner=code_of(make_learner)))
+        _climb_rung(plan, plans[i-1] if i else None, d, dirs[i-1], ks, make_learner, fit, records[i], records[i-1], progress, f'rung {i+1}/{len(plans)}, {ns[i]} classes', test_items, tta, belongs[i])
         cv,file = CrossValidation(plan, records[i], make_learner, d),None
         if test_items is not None:
             preds = torch.stack([fold_tests(records[i][k], d/f'fold-{k}-test.pth', test_items, tta, lambda: cv.learner(k)) for k in ks]).mean(0)

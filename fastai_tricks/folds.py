@@ -8,14 +8,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/folds.html.md"""
 __all__ = ['fold_splits', 'Folds', 'Progress', 'fold_learner', 'fold_tests', 'run_fold', 'code_of', 'saved_record',
            'forget_folds']
 
-# %% ../nbs/25_folds.ipynb #cf248779
+# %% ../nbs/25_folds.ipynb #c830761c
 import difflib, gc, inspect, shutil, uuid, zlib
 from types import CodeType
 from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from fastai.vision.all import *
 from .core import _check, _is_int, _plain, is_training, keep_random, save_whole
-from .labels import ItemLabels, _few, _target, all_classes, fixed_block, stable_splits, take, vocab_order
+from .labels import ItemLabels, _check_items, _few, _target, all_classes, fixed_block, stable_splits, take, vocab_order
 
 # %% ../nbs/25_folds.ipynb #9ac3e271
 def fold_splits(
@@ -39,7 +39,7 @@ def _strata(labels):
     for i,c in zip(labels.item, labels.code): res[i] = c if res[i]<0 or n[c]<n[res[i]] else res[i]
     return res
 
-# %% ../nbs/25_folds.ipynb #a1f0e399
+# %% ../nbs/25_folds.ipynb #c551c9c9
 def _group_list(groups, items):
     if groups is None: return
     if isinstance(groups, str):
@@ -67,7 +67,7 @@ class Folds:
         store_attr('dblock,source,n_splits,bs,kwargs')
         self.seed = seed = int(seed)
         self.all_items = (dblock.get_items or noop)(source)
-        _check(hasattr(self.all_items, '__getitem__') and not isinstance(self.all_items, str) and len(self.all_items), 'source', source, 'one in which `dblock` finds items')
+        _check_items(self.all_items)
         sub = dblock.splitter if hasattr(dblock.splitter, 'restrict') else None
         used = np.unique(np.concatenate(stable_splits(sub.root if sub else dblock.splitter, self.all_items, seed)[0]))
         # The same folds wherever the folder is listed in another order

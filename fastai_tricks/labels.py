@@ -7,13 +7,13 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/labels.html.md"""
 # %% auto #0
 __all__ = ['read_labels', 'ItemLabels', 'vocab_order', 'all_classes', 'take', 'fixed_block', 'stable_splits']
 
-# %% ../nbs/19_labels.ipynb #37eb6bb7
+# %% ../nbs/19_labels.ipynb #2ad8f84b
 from types import MethodType
 from fastai.vision.all import *
 from fasttransform import Transform
-from .core import keep_random
+from .core import _check, keep_random
 
-# %% ../nbs/19_labels.ipynb #85b5e779
+# %% ../nbs/19_labels.ipynb #ba2870d1
 def _made(fs): return [f() if isinstance(f, type) and issubclass(f, Transform) else f for f in fs]
 
 def _target(
@@ -27,6 +27,8 @@ def _target(
     if type(fs[j]) is MultiCategorize and not any(isinstance(f, OneHotEncode) for f in fs):
         raise ValueError('`dblock` must have a `CategoryBlock` or a `MultiCategoryBlock` as its target, not the labels of boxes')
     return i,list(fs[:j]),fs[j]
+
+def _check_items(items): _check(hasattr(items, '__getitem__') and not isinstance(items, str) and len(items), 'source', items, 'one in which the DataBlock finds items')
 
 def _parent_label(o): return os.path.basename(os.path.dirname(os.fspath(o))) # As `parent_label`, in a third of the time
 

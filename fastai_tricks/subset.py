@@ -7,12 +7,12 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/subset.html.md"""
 # %% auto #0
 __all__ = ['rank_classes', 'restrict', 'ClassSplitter', 'class_ladder', 'rungs_of']
 
-# %% ../nbs/20_subset.ipynb #5565b5c4
+# %% ../nbs/20_subset.ipynb #b22722da
 import difflib
 from types import MethodType
 from fastai.vision.all import *
 from .core import _check, _is_int
-from .labels import ItemLabels, _few, _rebind, _target, all_classes, fixed_block, stable_splits, vocab_order
+from .labels import ItemLabels, _check_items, _few, _rebind, _target, all_classes, fixed_block, stable_splits, vocab_order
 
 # %% ../nbs/20_subset.ipynb #6d8ea884
 _bys = ('frequency','random','name')
@@ -61,7 +61,7 @@ def _cap(idxs, labels, names, per_class, seed):
         for c in own: have[c] += 1
     return np.array(kept, dtype=int)
 
-# %% ../nbs/20_subset.ipynb #a5813b20
+# %% ../nbs/20_subset.ipynb #3c06d853
 class ClassSplitter:
     "The splitter of a DataBlock of some classes, around that of the whole one"
     def __init__(self, parent, classes=None, by='frequency', per_class=None, seed=42):
@@ -124,8 +124,6 @@ def _known(names, known):
     close = {c:difflib.get_close_matches(str(c), map(str, known), n=3) for c in unknown[:5]}
     said = ', '.join(f"{c!r}" + (f" ({' or '.join(map(repr, m))}?)" if m else '') for c,m in close.items())
     raise ValueError(f"`classes` must be among the {len(known)} classes of the data, not {said}" + (f' and {len(unknown)-5} more' if len(unknown)>5 else ''))
-
-def _check_items(items): _check(hasattr(items, '__getitem__') and not isinstance(items, str) and len(items), 'source', items, 'one in which the DataBlock finds items')
 
 def _check_subset(dblock, by, seed):
     _check(by in _bys, 'by', by, f'one of {_bys}')
