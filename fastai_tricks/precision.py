@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/precision.html.md"""
 # %% auto #0
 __all__ = ['half_dtype', 'DeviceMixedPrecision', 'ChannelsLastBatch', 'best_variant']
 
-# %% ../nbs/30_precision.ipynb #5d64354a
+# %% ../nbs/30_precision.ipynb #08521774
 import math, statistics, sys, time
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.learner import _cast_tensor
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import _check, keep_random, peek, say
+from .core import _check, _seconds, copy_model, keep_random, peek, say
 from .resolution import _hw, _is_image, _is_oom, resize_batch
 
 # %% ../nbs/30_precision.ipynb #56a03ad2
@@ -109,7 +109,7 @@ class ChannelsLastBatch(ChannelsLast):
     name = 'channels_last' # By which fastai knows it
     def before_batch(self): self.learn.xb = tuple(map(_last, self.xb))
 
-# %% ../nbs/30_precision.ipynb #4b5410de
+# %% ../nbs/30_precision.ipynb #a8d16682
 _short = {torch.float32:'fp32', torch.bfloat16:'bf16', torch.float16:'fp16'}
 
 @dataclass(frozen=True)
@@ -119,19 +119,10 @@ class _Variant:
     compiled:bool=False
     def __str__(self): return ', '.join([_short[self.dtype]] + ['channels_last']*self.channels_last + ['compile']*self.compiled)
 
-def _copied(learn, xb):
-    "A copy of the model"
-    try: return deepcopy(learn.model)
-    except RuntimeError: # A U-Net's hooks hold activations with their graph, which cannot be copied: a pass without gradients replaces them
-        modes = [m.training for m in learn.model.modules()]
-        with torch.no_grad(): learn.model.to(_device(learn)).eval()(*_cut(xb, 2))
-        for m,o in zip(learn.model.modules(), modes): m.training = o
-        return deepcopy(learn.model)
-
 def _stepper(learn, xb, yb, v):
     "A function that makes one training step of a copy of the model and gives its loss"
     device = _device(learn)
-    model = _copied(learn, xb).to(device, memory_format=torch.channels_last if v.channels_last else torch.contiguous_format).train()
+    model = copy_model(learn.model.to(device), *_cut(xb, 2)).to(device, memory_format=torch.channels_last if v.channels_last else torch.contiguous_format).train()
     for p in model.parameters(): p.requires_grad_(p.is_floating_point()) # `fine_tune` unfreezes sooner or later
     if v.channels_last: xb = tuple(map(_last, xb))
     loss_func = deepcopy(learn.loss_func)
@@ -149,11 +140,6 @@ def _stepper(learn, xb, yb, v):
         opt.zero_grad()
         return loss.item() # Which waits for the device
     return step
-
-def _seconds(f):
-    t = time.perf_counter()
-    f()
-    return time.perf_counter()-t
 
 def _cut(b, n): return apply(lambda t: t[:n] if isinstance(t, Tensor) and t.ndim else t, b)
 
