@@ -60,6 +60,8 @@ def dense_learner(make, dense, seed=0):
     learn = make()
     learn.model.load_state_dict(dense)
     learn.unfreeze()
+    learn.logger = noop
+    learn.remove_cb(ProgressCallback)
     return learn
 
 
@@ -113,13 +115,11 @@ def convert(args, dls, make, dense):
         print(res[-1], flush=True)
     for init, multiplier in [(i, m) for m in args.multipliers for i in ('random', 'svd', 'fit')]:
         learn = dense_learner(make, dense)
-        learn.logger = noop
         t = time.perf_counter()
         learn.to_depthwise(init=init, multiplier=multiplier)
         note(f'{init}, multiplier {multiplier}', learn, time.perf_counter()-t)
     for n in args.images:
         learn = dense_learner(make, dense)
-        learn.logger = noop
         t = time.perf_counter()
         learn.to_depthwise(n=n)
         note(f'fit, multiplier 1, {n} images', learn, time.perf_counter()-t)
@@ -132,11 +132,11 @@ def convert(args, dls, make, dense):
     return res
 
 
-def fit(learn, args, teacher=None, features=True, epochs=None):
+def fit(learn, epochs, lr, teacher=None, features=True):
     names = [n for n, _ in learn.model.named_modules() if n.split('.')[-1] in ('layer1', 'layer2', 'layer3', 'layer4')] if features else None
     cbs = [Distill(teacher, features=names)] if teacher is not None else []
     clock = time.perf_counter()
-    quiet(learn, lambda: learn.fit_one_cycle(epochs or args.epochs, args.lr, cbs=cbs))
+    quiet(learn, lambda: learn.fit_one_cycle(epochs, lr, cbs=cbs))
     return time.perf_counter()-clock
 
 
@@ -145,18 +145,20 @@ def recover(args, dls, make, dense):
     for seed in args.seeds:
         for variant in args.variants:
             learn = dense_learner(make, dense, seed)
-            learn.logger, teacher = noop, deepcopy(learn.model)
-            kind, _, how = variant.partition('+')
+            teacher = deepcopy(learn.model)
+            what, _, lr = variant.partition('@')
+            kind, _, how = what.partition('+')
+            lr = float(lr or args.lr)
             if kind=='progressive': # The second half of the layers first
                 names = [n for n, (_, why) in dense_convs(learn.model).items() if not why]
                 learn.to_depthwise(select=names[len(names)//2:])
-                seconds = fit(learn, args, teacher, how=='features', args.epochs//2)
+                seconds = fit(learn, args.epochs//2, lr, teacher, how=='features')
                 learn.to_depthwise()
-                seconds += fit(learn, args, teacher, how=='features', args.epochs-args.epochs//2)
+                seconds += fit(learn, args.epochs-args.epochs//2, lr, teacher, how=='features')
             else:
                 if kind!='dense': learn.to_depthwise(init=kind.split('/')[0], norm=kind.endswith('/norm'))
                 set_seed(seed, reproducible=True)
-                seconds = fit(learn, args, teacher if how else None, how=='features')
+                seconds = fit(learn, args.epochs, lr, teacher if how else None, how=='features')
             res.append(dict(variant=variant, seed=seed, accuracy=validated(learn), seconds=seconds))
             print(res[-1], flush=True)
     return res
@@ -205,9 +207,10 @@ if __name__=='__main__':
     p.add_argument('--epochs', type=int, default=2)
     p.add_argument('--lr', type=float, default=1e-4)
     p.add_argument('--multipliers', type=int, nargs='*', default=[1, 2, 4])
-    p.add_argument('--images', type=int, nargs='*', default=[128, 512])
+    p.add_argument('--images', type=int, nargs='*', default=[128, 256])
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--variants', nargs='+', default=['dense', 'fit', 'fit+distill', 'fit+features', 'svd+features', 'random', 'random+features', 'progressive+features', 'fit/norm+features'])
+    p.add_argument('--variants', nargs='+', default=['dense', 'fit', 'fit+distill', 'fit+features', 'random+features'],
+        help='init: dense, random, svd, fit, fit/norm, progressive (from fit, the last half of the layers first); +distill or +features; @learning rate')
     args = p.parse_args()
     results = dict(convert=convert, recover=recover, speed=speed)[args.part](args, *task(args))
     settings = {k: v for k, v in vars(args).items() if k not in ('data', 'weights', 'dense')} | dict(data=args.data and Path(args.data).name)

@@ -8,13 +8,15 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
            'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-           'DepthwiseSeparableConv', 'to_depthwise', 'Distill', 'class_ladder', 'cross_validate', 'CrossValidation',
-           'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on']
+           'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'class_ladder',
+           'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
+           'accuracy_on']
 
-# %% ../nbs/99_all.ipynb #9edccdd5
+# %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head
 from .climb import Climb, accuracy_on, climb
 from .depthwise import DepthwiseSeparableConv, to_depthwise
+from .depthwise_report import depthwise_report, plot_depthwise
 from .distill import Distill
 from .evaluate import CrossValidation, cross_validate
 from .files import resized_copies, skip_corrupt, CorruptImagesError
@@ -28,9 +30,9 @@ from .stages import Stage
 from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder
 
-# %% ../nbs/99_all.ipynb #261b33ce
+# %% ../nbs/99_all.ipynb #e7ea28c6
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-         'DepthwiseSeparableConv', 'to_depthwise', 'Distill',
+         'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on']

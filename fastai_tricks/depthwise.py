@@ -6,7 +6,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/depthwise.html.md"""
 
 # %% auto #0
 __all__ = ['DepthwiseSeparableConv', 'separate', 'weight_error', 'fit_separable', 'dense_convs', 'in_turn', 'layer_times',
-           'to_depthwise']
+           'n_images', 'to_depthwise']
 
 # %% ../nbs/40_depthwise.ipynb #660fa961
 import inspect, math, statistics, time
@@ -82,7 +82,7 @@ def weight_error(
     s2 = torch.linalg.svdvals(weight.detach().float().flatten(2).transpose(0, 1))**2
     return float(s2[:,multiplier:].sum()/s2.sum().clamp_min(1e-30))
 
-# %% ../nbs/40_depthwise.ipynb #8b599021
+# %% ../nbs/40_depthwise.ipynb #240c6f66
 _most = 5000 # Unknowns of a linear system, for 100 MB and some seconds
 
 def _ridge(A, b, ridge=1e-3):
@@ -94,7 +94,7 @@ def fit_separable(
     patches:Tensor, # Input of the layer at n positions, `(n,i,k²)`
     target:Tensor, # What it should put out there, without bias, `(n,o)`
     depthwise:Tensor, # To start from, `(i*m,k²)`
-    steps:int=2, # Times that the depthwise kernels are fitted; none with more than 5000 weights in them
+    steps:int=2, # Times that the depthwise kernels are fitted; they are not where they have more than 5000 weights, or more than there are positions
 )->tuple: # Depthwise `(i*m,k²)`, pointwise `(o,i*m)`
     "Least squares of the output, between depthwise and pointwise weights in turn"
     i,k = patches.shape[1:]
@@ -105,7 +105,7 @@ def fit_separable(
         z = torch.einsum('nik,imk->nim', patches, d.view(i,m,k)).flatten(1)
         return _ridge(z.T@z, z.T@target).T
     p = pointwise(depthwise)
-    if len(depthwise)*k<=_most and steps:
+    if len(depthwise)*k<=min(_most, len(patches)):
         x = patches.flatten(1)
         gram,cross = (x.T@x).view(i,k,i,k),(x.T@(target*w)).view(i,k,-1)
         for _ in range(steps):
@@ -246,18 +246,22 @@ def layer_times(
 
 def _gain(times): return statistics.median(a/b for a,b in zip(*times))
 
-# %% ../nbs/40_depthwise.ipynb #95eeee7f
-def _images(
-    batches, # A tensor `(n,c,h,w)`, or what gives batches: tensors, or tuples that begin with the model's inputs
-    n:int, # Images
-)->tuple: # The model's inputs, each `(n,c,h,w)`
-    "The first `n` images"
-    if isinstance(batches, Tensor): return (batches.as_subclass(Tensor)[:n],)
+# %% ../nbs/40_depthwise.ipynb #a7adb398
+def n_images(
+    hw:tuple, # Height and width, pixels
+)->int: # 128 to 512
+    "As many calibration images as hold the pixels of 512 with 144×144: about 2 GB of activations in a resnet18"
+    return max(128, min(512, 512*144**2//math.prod(hw)))
+
+def _images(batches, n):
+    "The first `n` images of `batches`, as the model's inputs"
+    if isinstance(batches, Tensor): return (batches.as_subclass(Tensor)[:n or n_images(batches.shape[-2:])],)
     n_inp,xbs,have = getattr(batches, 'n_inp', 1),[],0
     for b in batches:
         xbs.append((b,) if isinstance(b, Tensor) else tuple(b[:n_inp]))
         if not all(isinstance(o, Tensor) for o in xbs[-1]): raise ValueError(f'`batches` must give tensors, not {type(xbs[-1][0]).__name__}')
         have += len(xbs[-1][0])
+        n = n or n_images(xbs[0][0].shape[-2:])
         if have>=n: break
     if not have: raise ValueError('`batches` must give at least one batch')
     if len({o[0].shape[1:] for o in xbs})>1: raise ValueError('`batches` must give images of one size')
@@ -373,13 +377,13 @@ def to_depthwise(
     norm:bool=False, # A batch norm between depthwise and pointwise convolution?
     size:int=224, # Pixels, or `(h,w)`, that 'faster' times at where no images are given
     min_gain:float=1.1, # 'faster' converts a layer that is at least so many times as fast
-    n:int=256, # Images for 'fit', and for the statistics of batch norms; they go through the network as one batch
+    n:int=None, # Images for 'fit', and for the statistics of batch norms, in one batch; default: 512 of 144 px, fewer of larger ones
     inplace:bool=False, # Convert `model` itself?
     verbose:bool=True, # Say what was done, with a progress bar?
 )->nn.Module: # The converted copy; `model` if `inplace`
     "Dense k×k convolutions become depthwise-separable ones that keep what they know"
     _check_args(model, init, multiplier, size, min_gain)
-    _check(_is_int(n) and n>0, 'n', n, 'a whole number, 1 or more')
+    _check(n is None or _is_int(n) and n>0, 'n', n, 'a whole number, 1 or more, or None')
     xb = None if batches is None else _images(batches, n)
     new,line = _to_depthwise(model, xb, init, multiplier, select, skip, norm, size, min_gain, bar=partial(progress_bar, leave=False) if verbose else iter)
     if verbose: print(line)
@@ -389,32 +393,35 @@ def to_depthwise(
     model.load_state_dict(new.state_dict()) # The batch norms
     return model
 
-# %% ../nbs/40_depthwise.ipynb #dca54831
+# %% ../nbs/40_depthwise.ipynb #ef7810fd
 def _training_images(learn, n, seed=0):
-    "`n` training images, chosen at random, through the transforms of the validation set: the model's inputs"
+    "Training images, chosen at random, through the transforms of the validation set: the model's inputs"
     dls = learn.dls
     if hasattr(dls, 'test_dl') and hasattr(dls.train_ds, 'items'):
         items = dls.train_ds.items
-        i = np.random.default_rng(seed).permutation(len(items))[:n]
-        return _images(dls.test_dl(items.iloc[i] if hasattr(items, 'iloc') else [items[j] for j in i], bs=min(n, 64)), n)
+        i = np.random.default_rng(seed).permutation(len(items))[:n or 512]
+        return _images(dls.test_dl(items.iloc[i] if hasattr(items, 'iloc') else [items[j] for j in i], bs=min(len(i), 64)), n)
     return _images(dls.train, n)
+
+def _model_device(learn):
+    "The model, where a fit would move it"
+    return learn.model.to(getattr(learn.dls, 'device', None) or default_device())
 
 @patch
 @delegates(to_depthwise, but=['model','batches','inplace','verbose'])
 def to_depthwise(self:Learner,
     init:str='fit', # 'fit': closest outputs on training images; 'svd': closest weights; 'random'
-    n:int=256, # Training images for 'fit', and for the statistics of batch norms; they go through the network as one batch
+    n:int=None, # Training images for 'fit', and for the statistics of batch norms, in one batch; default: 512 of 144 px, fewer of larger ones
     **kwargs
 )->Learner: # `self`; the model it had stays as it is
     "Convert the model's dense convolutions to depthwise-separable ones that keep what they know"
     kw = {k:v.default for k,v in inspect.signature(to_depthwise).parameters.items() if k in ('multiplier','select','skip','norm','size','min_gain')} | kwargs
     _check_args(self.model, init, kw['multiplier'], kw['size'], kw['min_gain'])
-    _check(_is_int(n) and n>0, 'n', n, 'a whole number, 1 or more')
+    _check(n is None or _is_int(n) and n>0, 'n', n, 'a whole number, 1 or more, or None')
     with keep_random(): xb = _training_images(self, n)
-    self.model.to(getattr(self.dls, 'device', None) or default_device()) # As a fit does
     mixed = getattr(self, 'mixed_precision', None)
     bar = partial(progress_bar, leave=False) if hasattr(self, 'progress') else iter
-    new,line = _to_depthwise(self.model, xb, init, dtype=getattr(mixed, 'dtype', None), bar=bar, **kw)
+    new,line = _to_depthwise(_model_device(self), xb, init, dtype=getattr(mixed, 'dtype', None), bar=bar, **kw)
     say(self, line)
     frozen = self.opt.frozen_idx if self.opt is not None else 0
     self.model,self.opt = new,None

@@ -28,7 +28,7 @@ def soft_loss(
     if multi: return T*T*(F.binary_cross_entropy_with_logits(pred, target.sigmoid()) - F.binary_cross_entropy_with_logits(target, target.sigmoid()))
     return T*T*F.kl_div(pred.log_softmax(1), target.log_softmax(1), reduction='none', log_target=True).sum(1).mean()
 
-# %% ../nbs/42_distill.ipynb #968dd155
+# %% ../nbs/42_distill.ipynb #88f898e6
 class _Grab:
     "Keeps the output of one call of a layer, and is gone"
     def __init__(self, layer): self.out,self.handle = None,layer.register_forward_hook(self)
@@ -54,7 +54,7 @@ class Distill(Callback):
     "Learn from labels and from what a teacher sees in the same batch"
     run_valid = False
     order = GradientAccumulation.order-1 # The loss is complete before anything scales it
-    _stateattrs = ('_grabs',)
+    _stateattrs = ('_grabs','_ready','multi')
     def __init__(self,
         teacher, # `nn.Module` with the outputs of the learner's model, or a Learner; it is left as it is
         alpha:float=.5, # Share of the soft targets in the loss, in [0,1]
@@ -77,7 +77,9 @@ class Distill(Callback):
         res.teacher,res._grabs = self.teacher,[]
         return res
 
-    def before_fit(self):
+    def before_fit(self): self._ready = False # Validation and prediction come here too
+    def before_train(self):
+        if self._ready: return
         if self.teacher is None: raise ValueError('`teacher` was not exported with the Learner: add `Distill(teacher)` anew')
         self._drop()
         shared = {id(m) for m in self.teacher.modules()} & {id(m) for m in self.model.modules()}
@@ -87,6 +89,7 @@ class Distill(Callback):
         self.multi = isinstance(func, (nn.BCEWithLogitsLoss,timm.loss.BinaryCrossEntropy))
         self.teacher.to(next(self.model.parameters()).device)
         self._compare()
+        self._ready = True
 
     def _compare(self):
         "Do both networks give the same shapes? Better an error now than in the first batch"

@@ -15,7 +15,8 @@ from fastai_tricks.test_utils import tiny_learner, sizes_seen
 CALLBACKS = dict(
     ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True),
     DeviceMixedPrecision=lambda: ft.DeviceMixedPrecision(torch.bfloat16),
-    ChannelsLastBatch=ft.ChannelsLastBatch)
+    ChannelsLastBatch=ft.ChannelsLastBatch,
+    Distill=lambda: ft.Distill(tiny_learner().model, features=['0']))
 FASTAI = dict(MixUp=MixUp, CutMix=CutMix, GradientAccumulation=lambda: GradientAccumulation(16), ChannelsLast=ChannelsLast)
 MAKE = {**CALLBACKS, **FASTAI}
 # `Learner` sorts by `order`: with equal ones the order of adding counts
