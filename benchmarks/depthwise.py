@@ -161,6 +161,7 @@ def recover(args, dls, make, dense):
                 seconds = fit(learn, args.epochs, lr, teacher if how else None, how=='features')
             res.append(dict(variant=variant, seed=seed, accuracy=validated(learn), seconds=seconds))
             print(res[-1], flush=True)
+            save(args, res)
     return res
 
 
@@ -196,6 +197,11 @@ def speed(args, dls, make, dense):
     return out
 
 
+def save(args, results):
+    settings = {k: v for k, v in vars(args).items() if k not in ('data', 'weights', 'dense')} | dict(data=args.data and Path(args.data).name)
+    write_results(Path(__file__).parent/f'depthwise_{args.name}_{args.part}.json', dict(environment=environment(), settings=settings, results=results))
+
+
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('part', choices=['convert', 'recover', 'speed'])
@@ -212,6 +218,4 @@ if __name__=='__main__':
     p.add_argument('--variants', nargs='+', default=['dense', 'fit', 'fit+distill', 'fit+features', 'random+features'],
         help='init: dense, random, svd, fit, fit/norm, progressive (from fit, the last half of the layers first); +distill or +features; @learning rate')
     args = p.parse_args()
-    results = dict(convert=convert, recover=recover, speed=speed)[args.part](args, *task(args))
-    settings = {k: v for k, v in vars(args).items() if k not in ('data', 'weights', 'dense')} | dict(data=args.data and Path(args.data).name)
-    write_results(Path(__file__).parent/f'depthwise_{args.name}_{args.part}.json', dict(environment=environment(), settings=settings, results=results))
+    save(args, dict(convert=convert, recover=recover, speed=speed)[args.part](args, *task(args)))
