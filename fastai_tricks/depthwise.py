@@ -82,18 +82,20 @@ def weight_error(
     s2 = torch.linalg.svdvals(weight.detach().float().flatten(2).transpose(0, 1))**2
     return float(s2[:,multiplier:].sum()/s2.sum().clamp_min(1e-30))
 
-# %% ../nbs/40_depthwise.ipynb #240c6f66
+# %% ../nbs/40_depthwise.ipynb #7bd9fc9c
 _most = 5000 # Unknowns of a linear system, for 100 MB and some seconds
 
-def _ridge(A, b, ridge=1e-3):
-    "`x` with `(A + λ)x = b` for a symmetric `A`, changed in place"
+def _ridge(A, b, x, ridge=1e-1):
+    "The least squares solution of `Ay = b` for a symmetric `A`, changed in place; where `A` says little, `y` stays near `x`"
+    b = b-A@x
     A.diagonal().add_(ridge*A.diagonal().mean() + 1e-12)
-    return torch.cholesky_solve(b[:,None] if b.ndim==1 else b, torch.linalg.cholesky(A)).view_as(b)
+    return x + torch.cholesky_solve(b[:,None] if b.ndim==1 else b, torch.linalg.cholesky(A)).view_as(b)
 
 def fit_separable(
     patches:Tensor, # Input of the layer at n positions, `(n,i,k²)`
     target:Tensor, # What it should put out there, without bias, `(n,o)`
     depthwise:Tensor, # To start from, `(i*m,k²)`
+    pointwise:Tensor, # To start from, `(o,i*m)`; what the patches don't determine stays near it
     steps:int=2, # Times that the depthwise kernels are fitted; they are not where they have more than 5000 weights, or more than there are positions
 )->tuple: # Depthwise `(i*m,k²)`, pointwise `(o,i*m)`
     "Least squares of the output, between depthwise and pointwise weights in turn"
@@ -101,21 +103,21 @@ def fit_separable(
     m = len(depthwise)//i
     var = target.var(0)
     w = 1/(var + 1e-3*var.mean() + 1e-12)
-    def pointwise(d):
+    def fitted(p, d):
         z = torch.einsum('nik,imk->nim', patches, d.view(i,m,k)).flatten(1)
-        return _ridge(z.T@z, z.T@target).T
-    p = pointwise(depthwise)
+        return _ridge(z.T@z, z.T@target, p.T).T
+    p = fitted(pointwise, depthwise)
     if len(depthwise)*k<=min(_most, len(patches)):
         x = patches.flatten(1)
         gram,cross = (x.T@x).view(i,k,i,k),(x.T@(target*w)).view(i,k,-1)
         for _ in range(steps):
             q = ((p.T*w)@p).view(i,m,i,m)
             A = torch.einsum('akbl,ambn->amkbnl', gram, q).reshape(i*m*k, i*m*k)
-            depthwise = _ridge(A, torch.einsum('ako,oam->amk', cross, p.view(-1,i,m)).flatten()).view(i*m,k)
-            p = pointwise(depthwise)
+            depthwise = _ridge(A, torch.einsum('ako,oam->amk', cross, p.view(-1,i,m)).flatten(), depthwise.flatten()).view(i*m,k)
+            p = fitted(p, depthwise)
     return _balanced(depthwise, p)
 
-# %% ../nbs/40_depthwise.ipynb #20753a6c
+# %% ../nbs/40_depthwise.ipynb #75677f65
 def _view(conv, x):
     "All patches of `x`, `(bs,c,h,w)`, that `conv` sees: a view `(bs,c,oh,ow,kh,kw)`"
     if isinstance(conv, Conv2dSame): x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
@@ -149,7 +151,7 @@ def _fit_layer(sep, x, where, y):
     "Fit `sep` to `y`, from its input `x`"
     c,p = sep.depthwise,sep.pointwise
     patches = _at(_view(c, x.float()), where).flatten(2)
-    d,q = fit_separable(patches, y if p.bias is None else y-p.bias.float(), c.weight.float().flatten(1))
+    d,q = fit_separable(patches, y if p.bias is None else y-p.bias.float(), c.weight.float().flatten(1), p.weight.float().flatten(1))
     alive = d.norm(dim=1)*q.norm(dim=0)>0 # A channel that is always 0 keeps its weights: from zeros it could not learn
     c.weight.copy_(torch.where(alive[:,None], d, c.weight.float().flatten(1)).view_as(c.weight))
     p.weight.copy_(torch.where(alive, q, p.weight.float().flatten(1)).view_as(p.weight))
@@ -246,7 +248,7 @@ def layer_times(
 
 def _gain(times): return statistics.median(a/b for a,b in zip(*times))
 
-# %% ../nbs/40_depthwise.ipynb #a7adb398
+# %% ../nbs/40_depthwise.ipynb #c4d6f904
 def n_images(
     hw:tuple, # Height and width, pixels
 )->int: # 128 to 512
@@ -359,9 +361,10 @@ def _to_depthwise(model, xb, init, multiplier, select, skip, norm, size, min_gai
     like = _on(model, _random_images(model, size)) if xb is None else tuple(x[:8] for x in xb)
     n_dense = sum(not w for _,w in convs.values())
     if not n_dense: return copy_model(model, *like),'to_depthwise: nothing to convert, there is no dense convolution of more than 1×1'
-    if isinstance(select, str) and select=='faster': names,why = _faster(model, convs, names, multiplier, norm, min_gain, dtype, like, bar)
-    if not names: return copy_model(model, *like),f"to_depthwise: nothing converted: {why or '`select` chose none'}"
-    new,_ = _converted(model, names, xb, init, multiplier, norm, like, bar)
+    with nullcontext() if init=='random' else keep_random():
+        if isinstance(select, str) and select=='faster': names,why = _faster(model, convs, names, multiplier, norm, min_gain, dtype, like, bar)
+        if not names: return copy_model(model, *like),f"to_depthwise: nothing converted: {why or '`select` chose none'}"
+        new,_ = _converted(model, names, xb, init, multiplier, norm, like, bar)
     images = '' if xb is None else f', {len(xb[0])} images'
     return new,f"to_depthwise: {len(names)} of {n_dense} dense convolutions converted ({init}{images}), {_count(model)/1e6:.2f} million parameters before, {_count(new)/1e6:.2f} now{'; ' if why else ''}{why}; {time.perf_counter()-begun:.0f} s"
 

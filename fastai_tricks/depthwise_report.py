@@ -24,7 +24,7 @@ def multiply_adds(
     if isinstance(conv, DepthwiseSeparableConv): return multiply_adds(conv.depthwise, hw) + multiply_adds(conv.pointwise, hw)
     return math.prod(conv.kernel_size)*conv.in_channels//conv.groups*conv.out_channels*math.prod(hw)
 
-# %% ../nbs/41_depthwise_report.ipynb #7b0abf84
+# %% ../nbs/41_depthwise_report.ipynb #160395e1
 def _step_times(models, xb, dtype, turns):
     "Seconds of inference and of a training step of each model, turn by turn"
     def infer(m):
@@ -65,11 +65,10 @@ def depthwise_report(
     xb = None if batches is None else _on(model, _images(batches, n))
     like = _on(model, _random_images(model, size, bs)) if xb is None else tuple(x[:bs] for x in xb)
     convs,bar = dense_convs(model, skip),partial(progress_bar, leave=False)
-    ok = [o for o,(_,why) in convs.items() if not why]
+    names,ok = _selected(convs, select),[o for o,(_,why) in convs.items() if not why]
     with keep_random():
         shapes = _shapes(model, [c for c,_ in convs.values()], like)
         times = _time_layers([convs[o][0] for o in ok], shapes, multiplier, norm, dtype, bar)
-        names = _selected(convs, select)
         gains = {o:_gain(times[convs[o][0]]) for o in ok if convs[o][0] in times}
         if isinstance(select, str) and select=='faster': names = [o for o in names if gains.get(o, 0)>=min_gain]
         new,errors = _converted(model, names, xb, init, multiplier, norm, like, bar)
