@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from common import environment, photos, write_results
 from fastai_tricks.all import *
 from fastai_tricks.depthwise import dense_convs, in_turn
+from fastai_tricks.precision import half_dtype
 
 
 def loaders(files, split, size, seed=0):
@@ -141,7 +142,14 @@ def fit(learn, epochs, lr, teacher=None, features=True):
 
 
 def recover(args, dls, make, dense):
-    res = []
+    res, kept = [], {}
+    def convert(learn, kind):
+        "The same for each seed, as weights and images are; not with random weights"
+        if kind not in kept:
+            init, _, norm = kind.partition('/')
+            learn.to_depthwise(init=init, norm=bool(norm))
+            if init!='random': kept[kind] = deepcopy(learn.model)
+        else: learn.model, learn.opt = deepcopy(kept[kind]), None
     for seed in args.seeds:
         for variant in args.variants:
             learn = dense_learner(make, dense, seed)
@@ -156,7 +164,7 @@ def recover(args, dls, make, dense):
                 learn.to_depthwise()
                 seconds += fit(learn, args.epochs-args.epochs//2, lr, teacher, how=='features')
             else:
-                if kind!='dense': learn.to_depthwise(init=kind.split('/')[0], norm=kind.endswith('/norm'))
+                if kind!='dense': convert(learn, kind)
                 set_seed(seed, reproducible=True)
                 seconds = fit(learn, args.epochs, lr, teacher if how else None, how=='features')
             res.append(dict(variant=variant, seed=seed, accuracy=validated(learn), seconds=seconds))
@@ -172,22 +180,33 @@ def speed(args, dls, make, dense):
     models['all, norm'] = to_depthwise(base, init='svd', norm=True, verbose=False)
     models['faster'] = to_depthwise(base, init='svd', select='faster', size=size, verbose=False)
     if (t := tucker(base, 1)) is not None: models['Tucker, as many parameters'] = t
+    models = {k: (m, None) for k, m in models.items()}
     x, y = torch.randn(args.bs, 3, size, size), torch.randint(dls.c, (args.bs,))
-    def infer(m):
+    last = x.to(memory_format=torch.channels_last)
+    if half_dtype('cpu')[0]:
+        halves = {k: deepcopy(models[k][0]) for k in ('dense', 'all, multiplier 1')}
+        learn = dense_learner(make, dense)
+        learn.to_mixed(torch.bfloat16, channels_last=True)
+        learn.to_depthwise(init='svd', select='faster')
+        halves['faster'] = learn.model
+        models |= {f'{k}, bf16': (m.to(memory_format=torch.channels_last), torch.bfloat16) for k, m in halves.items()}
+    def logits(m, dtype):
+        with torch.autocast('cpu', dtype=dtype or torch.bfloat16, enabled=dtype is not None): return m(last if dtype else x).float()
+    def infer(m, dtype):
         def f():
             m.eval()
-            with torch.no_grad(): m(x)
+            with torch.no_grad(): logits(m, dtype)
         return f
-    def train(m):
+    def train(m, dtype):
         opt = torch.optim.SGD(m.parameters(), 1e-6)
         def f():
             m.train()
-            F.cross_entropy(m(x), y).backward()
+            F.cross_entropy(logits(m, dtype), y).backward()
             opt.step(); opt.zero_grad()
         return f
     out = []
-    times = {k: in_turn([f(m) for m in models.values()], args.turns, .2) for k, f in (('inference', infer), ('training', train))}
-    for i, (name, m) in enumerate(models.items()):
+    times = {k: in_turn([f(*m) for m in models.values()], args.turns, .2) for k, f in (('inference', infer), ('training', train))}
+    for i, (name, (m, _)) in enumerate(models.items()):
         row = dict(variant=name, parameters=millions(m), macs=macs(m, size), n=args.turns)
         for k, t in times.items():
             r = [a/b for a, b in zip(t[0], t[i])]

@@ -85,7 +85,7 @@ def weight_error(
 # %% ../nbs/40_depthwise.ipynb #7bd9fc9c
 _most = 5000 # Unknowns of a linear system, for 100 MB and some seconds
 
-def _ridge(A, b, x, ridge=1e-1):
+def _ridge(A, b, x, ridge=1e-2):
     "The least squares solution of `Ay = b` for a symmetric `A`, changed in place; where `A` says little, `y` stays near `x`"
     b = b-A@x
     A.diagonal().add_(ridge*A.diagonal().mean() + 1e-12)
