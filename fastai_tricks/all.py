@@ -15,7 +15,7 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
 # %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head
 from .climb import Climb, accuracy_on, climb
-from .depthwise import DepthwiseSeparableConv, to_depthwise
+from .depthwise import to_depthwise
 from .depthwise_report import depthwise_report, plot_depthwise
 from .distill import Distill
 from .evaluate import CrossValidation, cross_validate
@@ -26,6 +26,7 @@ from .resize import ProgressiveResize
 from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
 from .schedule import linear_scaled_lr, plot_schedule, schedule_table, zero_gamma
+from .separable import DepthwiseSeparableConv
 from .stages import Stage
 from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder

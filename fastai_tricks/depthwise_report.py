@@ -13,7 +13,8 @@ import pandas as pd
 from fastai.vision.all import *
 from fastprogress import progress_bar
 from .core import _check, _is_int, evaluating, keep_random
-from .depthwise import DepthwiseSeparableConv, dense_convs, in_turn, to_depthwise, weight_error, _check_args, _converted, _count, _gain, _images, _model_device, _on, _random_images, _selected, _shapes, _time_layers, _trainer, _training_images
+from .separable import DepthwiseSeparableConv, weight_error
+from .depthwise import dense_convs, in_turn, to_depthwise, _check_args, _converted, _count, _gain, _images, _model_device, _on, _random_images, _selected, _shapes, _time_layers, _trainer, _training_images
 
 # %% ../nbs/41_depthwise_report.ipynb #cb24732c
 def multiply_adds(

@@ -10,11 +10,11 @@ from fastai.metrics import accuracy
 from fastai.vision.all import CategoryBlock, ImageBlock, MaskBlock, PILMask, Resize, Tensor, aug_transforms, nn, noop, params, resnet18, unet_learner, vision_learner
 from timm.layers import Conv2dSame
 import fastai_tricks.all as ft
-from fastai_tricks import depthwise as D
+from fastai_tricks import depthwise as D, separable as S
 from fastai_tricks.sample import sample_images
 from fastai_tricks.test_utils import sizes_seen, tiny_dls, tiny_learner
 
-def seps(model): return [n for n,m in model.named_modules() if isinstance(m, D.DepthwiseSeparableConv)]
+def seps(model): return [n for n,m in model.named_modules() if isinstance(m, S.DepthwiseSeparableConv)]
 def convert(model, *args, **kwargs): return ft.to_depthwise(model, *args, verbose=False, **kwargs)
 
 CONVS = {
@@ -41,13 +41,13 @@ def test_rank_one_kernels_are_exact_with_one_pair(kind):
     o,i,h,w = conv.weight.shape
     conv.weight.data = torch.randn(o,i,1,1)*torch.randn(1,i,h,w)
     assert torch.allclose(convert(nn.Sequential(conv), init='svd')(x), conv(x), atol=1e-4)
-    assert D.weight_error(conv.weight) < 1e-10
+    assert S.weight_error(conv.weight) < 1e-10
 
 @pytest.mark.parametrize('kind', CONVS)
 def test_patches_are_what_the_layer_sees(kind):
     torch.manual_seed(0)
     conv,x = CONVS[kind](),torch.randn(3,6,13,11)
-    y = torch.einsum('bchwij,ocij->bohw', D._view(conv, x), conv.weight)
+    y = torch.einsum('bchwij,ocij->bohw', S._view(conv, x), conv.weight)
     assert torch.allclose(y + (0 if conv.bias is None else conv.bias[:,None,None]), conv(x), atol=1e-5)
 
 @pytest.mark.parametrize('m', [1,2,5,9])
@@ -55,7 +55,7 @@ def test_svd_is_the_closest(m):
     "Eckart and Young, against numpy, and against other pairs"
     torch.manual_seed(0)
     w = torch.randn(12,5,3,3)
-    d,p = D.separate(w, m)
+    d,p = S.separate(w, m)
     product = torch.einsum('imk,oim->oik', d.view(5,m,9), p.view(12,5,m))
     best = 0
     for i in range(5):
@@ -63,7 +63,7 @@ def test_svd_is_the_closest(m):
         best += (s[m:]**2).sum()
         assert np.allclose(product[:,i].numpy(), (u[:,:m]*s[:m])@v[:m], atol=1e-5)
     assert math.isclose((product-w.flatten(2)).pow(2).sum().item(), best, rel_tol=1e-4, abs_tol=1e-4)
-    assert math.isclose(D.weight_error(w, m), best/w.double().pow(2).sum().item(), rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(S.weight_error(w, m), best/w.double().pow(2).sum().item(), rel_tol=1e-4, abs_tol=1e-6)
 
 def test_fit_finds_a_separable_layer():
     "Outputs that a separable layer gave, from patches with dependent channels"
@@ -74,7 +74,7 @@ def test_fit_finds_a_separable_layer():
     y = torch.einsum('nik,ik,oi->no', x, d, p)
     def error(d, p): return ((torch.einsum('nik,ik,oi->no', x, d, p)-y).pow(2).sum()/y.pow(2).sum()).item()
     start = torch.randn(i,k, generator=torch.Generator().manual_seed(1)),torch.zeros(o,i)
-    errors = [error(*D.fit_separable(x, y, *start, s)) for s in (0,1,4,30)]
+    errors = [error(*S.fit_separable(x, y, *start, s)) for s in (0,1,4,30)]
     assert errors==sorted(errors, reverse=True) and errors[-1]<1e-3
 
 def test_fit_keeps_what_patches_do_not_determine():
@@ -83,7 +83,7 @@ def test_fit_keeps_what_patches_do_not_determine():
     x,d,p = torch.randn(20,6,9),torch.randn(6,9),torch.randn(8,6)
     x[:,2] = 0
     y = torch.einsum('nik,ik,oi->no', x, d, p)
-    d2,p2 = D.fit_separable(x, y, d, p)
+    d2,p2 = S.fit_separable(x, y, d, p)
     assert torch.allclose(torch.einsum('ik,oi->oik', d2, p2), torch.einsum('ik,oi->oik', d, p), atol=1e-4)
     conv = nn.Sequential(nn.Conv2d(6,8,3))
     few = torch.randn(4,6,4,4)
@@ -121,7 +121,7 @@ def test_layers_are_fitted_behind_converted_ones(trained):
     for n in names:
         one,_ = D._converted(trained.model, [n], xb, 'fit', 1, False, xb)
         apart.get_submodule(n).load_state_dict(one.get_submodule(n).state_dict())
-    noted = D._noted(copy.deepcopy(trained.model), [], xb, 10)
+    noted = S._noted(copy.deepcopy(trained.model), [], xb, 10)
     last = names[-1]
     with torch.no_grad():
         outs = {}
@@ -257,7 +257,7 @@ def test_inplace(trained):
 @pytest.mark.parametrize('inplace', [False,True])
 def test_an_error_leaves_the_model(trained, inplace, monkeypatch):
     def boom(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(D, '_fit_layer', boom)
+    monkeypatch.setattr(S, '_fit_layer', boom)
     was = {k:v.clone() for k,v in trained.model.state_dict().items()}
     modes = [m.training for m in trained.model.modules()]
     with pytest.raises(KeyboardInterrupt): convert(trained.model, D._training_images(trained, 16)[0], inplace=inplace)
