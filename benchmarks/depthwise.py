@@ -133,9 +133,14 @@ def convert(args, dls, make, dense):
     return res
 
 
+class NoValidation(Callback):
+    "It is of interest at the end only"
+    def before_validate(self): raise CancelValidException()
+
+
 def fit(learn, epochs, lr, teacher=None, features=True):
     names = [n for n, _ in learn.model.named_modules() if n.split('.')[-1] in ('layer1', 'layer2', 'layer3', 'layer4')] if features else None
-    cbs = [Distill(teacher, features=names)] if teacher is not None else []
+    cbs = [NoValidation(), *([Distill(teacher, features=names)] if teacher is not None else [])]
     clock = time.perf_counter()
     quiet(learn, lambda: learn.fit_one_cycle(epochs, lr, cbs=cbs))
     return time.perf_counter()-clock
