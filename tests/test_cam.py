@@ -11,7 +11,8 @@ from fastai.torch_core import get_random_states
 from fastai.vision.all import Flatten, ImageBlock, Normalize, PILImage, Resize, Tensor, TensorImage, imagenet_stats, nn, plt, vision_learner
 from PIL import Image
 import fastai_tricks.all as ft
-from fastai_tricks.cam import GradCAM, WatchCAM, items_batch, overlay, places
+from fastai_tricks.cam import GradCAM, WatchCAM, items_batch, overlay
+from fastai_tricks.cam_layer import places
 from fastai_tricks.test_utils import tiny_dls, tiny_learner
 
 def tv(name, **kw): return lambda: getattr(torchvision.models, name)(weights=None, num_classes=7, **kw)
