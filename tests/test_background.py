@@ -140,3 +140,36 @@ def test_bad_input(learn):
     with pytest.raises(ValueError, match='`mask` must give masks or boxes for some images'): learn.background_report()
     learn.metrics = background_metrics()
     with pytest.raises(ValueError, match='`mask` must give masks or boxes for some images'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+def test_mixed_by_hand():
+    x,o = torch.ones(1,2,4,8),torch.zeros(1,2,4,8)
+    res = mixed(x, o, .5)
+    assert res[0,0].tolist()==[[0]*8, [0,0,1,1,1,1,0,0], [0,0,1,1,1,1,0,0], [0]*8] and torch.equal(res[:,0], res[:,1]) and o.sum()==0
+
+class Sees(nn.Module):
+    "Says 'odd' where a part of the image is bright"
+    def __init__(self, part): super().__init__(); self.part,self.w = part,nn.Parameter(torch.zeros(1))
+    def forward(self, x):
+        m = torch.zeros_like(x[:,0], dtype=torch.bool)
+        m[:,8:24,8:24] = True
+        if self.part=='border': m = ~m
+        v = (x.mean(1)*m).sum((1,2))/m.sum((1,2)) - .5
+        return torch.stack([-v,v], 1)*20 + self.w
+
+def halves(i): return PILImage.create(np.full((32,32,3), 255*(i%2), np.uint8))
+
+@pytest.mark.parametrize('part', ['middle','border'])
+def test_probe_by_hand(part):
+    dls = DataBlock((ImageBlock,CategoryBlock), get_x=halves, get_y=odd, splitter=IndexSplitter(list(range(10)))).dataloaders(list(range(20)), bs=4, num_workers=0, device='cpu')
+    learn = Learner(dls, Sees(part).train(), loss_func=CrossEntropyLossFlat())
+    df = learn.background_probe(keep=.5)
+    assert list(df.index)==['as they are','border of another','middle of another'] and list(df.columns)==['accuracy','probability','other']
+    other = {'middle':'middle of another', 'border':'border of another'}[part]
+    same = ({*df.index[1:]}-{other}).pop()
+    assert df.loc[['as they are',same],['accuracy','other']].values.tolist()==[[1,0]]*2 and df.loc[other,['accuracy','other']].tolist()==[0,1]
+    assert df.loc['as they are','probability']>.99 and df.loc[other,'probability']<.01 and learn.model.training
+    assert learn.background_probe(keep=.5, n=3).shape==(3,3)
+
+def test_probe_bad_input(learn):
+    for kw,why in ((dict(keep=0.),'keep'), (dict(keep=1.),'keep'), (dict(keep=75),'keep'), (dict(n=1),'n'), (dict(dl=learn.dls.test_dl([0,2], with_labels=True)),'dl')):
+        with pytest.raises(ValueError, match=f'`{why}` must be'): learn.background_probe(**kw)

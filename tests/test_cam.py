@@ -335,3 +335,113 @@ def test_show_cam_of_paths_and_several_labels(tmp_path):
     learn.show_cam(files[:2])
     assert len(titles())==2
     plt.close('all')
+
+def watched(cb, n=2, fit=None, **kw):
+    torch.manual_seed(0)
+    learn = tiny_learner(cbs=cb, **kw)
+    with learn.no_bar(), learn.no_logging(): (fit or (lambda l: l.fit(n)))(learn)
+    return learn
+
+def px(file): return np.asarray(Image.open(file)).astype(int)
+
+def test_watch_files_and_strip(tmp_path):
+    w = WatchCAM(n=3, save=tmp_path/'a'/'b')
+    learn = watched(w, 3)
+    assert sorted(p.name for p in (tmp_path/'a'/'b').iterdir())==['epoch-1.png','epoch-2.png','epoch-3.png','strip.png']
+    strip,one = px(tmp_path/'a'/'b'/'strip.png'),px(tmp_path/'a'/'b'/'epoch-3.png')
+    assert strip.shape==(4*96, 24+3*96, 3) and one.shape==(2*96, 24+3*96, 3)
+    # Items spread over the 8 of the validation set; the maps of the last epoch are those of the model as it is now
+    x,y = items_batch(learn.dls.valid, [0,2,5])
+    cam = GradCAM(learn.model)
+    maps,inner = cam(x).numpy(),(slice(8,-8),)*2
+    for j in range(3):
+        here = slice(24+96*j, 24+96*(j+1))
+        img = np.asarray(Image.fromarray((255*x[j].permute(1,2,0).numpy()).round().astype(np.uint8)).resize((96,96), Image.BILINEAR)).astype(int)
+        assert np.abs(strip[:96,here]-img).max()<=1 and np.array_equal(one[:96], strip[:96])
+        seen = np.asarray(Image.fromarray(overlay(torch.tensor(x[j].numpy()), torch.tensor(maps[j]))).resize((96,96), Image.BILINEAR)).astype(int)
+        assert np.abs(strip[3*96:,here][inner]-seen[inner]).max()<=1 and np.abs(one[96:,here][inner]-seen[inner]).max()<=1
+        red = (strip[3*96,24+96*j+48]==(220,30,30)).all()
+        assert red==bool(cam.logits[j].argmax()!=y[j])
+
+def test_watch_every_other_epoch_and_the_last(tmp_path):
+    watched(WatchCAM(n=1, every=2, save=tmp_path), 5)
+    assert sorted(p.name for p in tmp_path.iterdir())==['epoch-2.png','epoch-4.png','epoch-5.png','strip.png']
+
+def test_watch_goes_on_through_fits_and_begins_anew_with_other_images(tmp_path):
+    w = WatchCAM(n=2, save=tmp_path)
+    learn = watched(w, fit=lambda l: l.fine_tune(2))
+    assert [l for l,_ in w.rows]==['1','2','3']
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        assert [l for l,_ in w.rows]==['1','2','3','4']
+        learn.validate(); learn.get_preds(); learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
+        assert len(w.rows)==4
+        learn.dls = tiny_dls(n=40)
+        learn.fit(1)
+    assert [l for l,_ in w.rows]==['1'] and px(tmp_path/'strip.png').shape[0]==2*96
+
+def test_watch_given_items_and_stages(tmp_path):
+    w = WatchCAM(items=[3,4,5])
+    learn = watched(w, fit=lambda l: None)
+    learn.path = tmp_path
+    with learn.no_bar(), learn.no_logging():
+        learn.add_cb(ft.ProgressiveResize(mult=8))
+        learn.fit(2)
+        learn.remove_cb(ft.ProgressiveResize)
+        learn.fit_stages([ft.Stage(32, 1), ft.Stage(64, 1)])
+    assert [l for l,_ in w.rows]==['1','2','3','4'] and w.rows[0][1].shape==(96,3*96,3)
+    x = learn.dls.test_dl([3,4,5]).one_batch()[0]
+    assert np.abs(w.images[:,:96].astype(int) - np.asarray(Image.fromarray((255*x[0].permute(1,2,0).numpy()).round().astype(np.uint8)).resize((96,96), Image.BILINEAR))).max()<=1
+
+def test_watch_is_told_of_wrong_arguments_before_a_fit():
+    for kw,why in ((dict(n=0),'n'), (dict(n=True),'n'), (dict(every=0),'every'), (dict(every=.5),'every'), (dict(items=[]),'items'), (dict(items='a'),'items'), (dict(save=3),'save'), (dict(method='x'),'method')):
+        with pytest.raises(ValueError, match=f'`{why}` must be'): WatchCAM(**kw)
+    seen = []
+    class Batches(Callback):
+        def before_batch(self): seen.append(1)
+    learn = tiny_learner(cbs=[WatchCAM(layer='nope'), Batches()])
+    with pytest.raises(ValueError, match='`layer`'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not seen
+
+def test_watch_changes_nothing_and_shows_in_place(monkeypatch):
+    import IPython, IPython.display, fastai_tricks.cam as mod
+    from types import SimpleNamespace
+    from fastai.torch_core import set_seed
+    shown = []
+    class Handle:
+        def update(self, o): shown.append(('update',o))
+    monkeypatch.setattr(mod, 'IN_NOTEBOOK', True)
+    monkeypatch.setattr(IPython, 'get_ipython', lambda: SimpleNamespace(execution_count=cell))
+    monkeypatch.setattr(IPython.display, 'display', lambda o, display_id: shown.append(('display',o)) or Handle())
+    def run(cb):
+        set_seed(0)
+        learn = tiny_learner(cbs=cb)
+        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2)
+        return learn
+    cell = 1
+    a,b = run(WatchCAM(n=2)),run(None)
+    assert [k for k,_ in shown]==['display','update','update'] and shown[0][1].data[:3]==b'\xff\xd8\xff'
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
+    assert [list(v) for v in a.recorder.values]==[list(v) for v in b.recorder.values]
+    cell = 2
+    with a.no_bar(), a.no_logging(): a.fit(1)
+    assert shown[-1][0]=='display'
+
+def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
+    import fastai_tricks.cam as mod
+    img = Image.new('RGB', (9,9))
+    mod._save_png(img, tmp_path/'a.png')
+    was = (tmp_path/'a.png').read_bytes()
+    class Broken:
+        def save(self, f, fmt):
+            f.write_bytes(b'half')
+            raise OSError('disk full')
+    with pytest.raises(OSError): mod._save_png(Broken(), tmp_path/'a.png')
+    assert [p.name for p in tmp_path.iterdir()]==['a.png'] and (tmp_path/'a.png').read_bytes()==was
+
+def test_watch_is_exported_without_pictures(tmp_path):
+    learn = watched(WatchCAM(n=2), 1)
+    learn.path = tmp_path
+    learn.export()
+    loaded = load_learner(tmp_path/'export.pkl')
+    assert loaded.watch_cam.n==2 and not loaded.watch_cam.rows and len(learn.watch_cam.rows)==1
