@@ -170,7 +170,7 @@ def background_metrics(
     look = _Look(mask, n, layer, method)
     return [_LookMetric(look, 'background_share'), _LookMetric(look, 'pointing_game')]
 
-# %% ../nbs/62_background.ipynb #5e863f7d
+# %% ../nbs/62_background.ipynb #1b4d83e3
 def mixed(
     x:Tensor, # Images, `(b,c,h,w)`
     other:Tensor, # Of the same shape: for the border
@@ -182,6 +182,7 @@ def mixed(
     res[:,:,a:h-a,b:w-b] = x[:,:,a:h-a,b:w-b]
     return res
 
+# %% ../nbs/62_background.ipynb #8ffc0562
 def _others(y):
     "For each image one of another class, each about as often"
     n = len(y)

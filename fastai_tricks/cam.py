@@ -131,7 +131,7 @@ def overlay(
     color = matplotlib.colormaps['turbo'](cam.cpu().numpy())[...,:3]
     return (255*((1-alpha)*img + alpha*color)).round().astype(np.uint8)
 
-# %% ../nbs/61_cam.ipynb #db40445b
+# %% ../nbs/61_cam.ipynb #e0cb3a30
 def items_batch(
     dl, # fastai's `DataLoader`
     idxs:list, # Indices of its items
@@ -162,7 +162,6 @@ def _one_image(learn, dl):
 def _names(dls, y):
     "Targets as text"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is not None and len(vocab)==2 and is_listy(vocab[0]): vocab = vocab[0]
     def name(i): return str(i if vocab is None or i>=len(vocab) else vocab[i])
     return ['' if t is None else name(int(t)) if t.ndim==0 else ' '.join(map(name, t.nonzero().flatten().tolist())) for t in y]
 
@@ -211,7 +210,7 @@ def show_cam(self:Learner,
         right = t is None or (t==p if t.ndim==0 else t[p]>0)
         ax.set_title(f'{true} → {said} {pr[p]:.0%}' if true else f'{said} {pr[p]:.0%}', size=9, color='black' if right else 'firebrick')
 
-# %% ../nbs/61_cam.ipynb #e926d353
+# %% ../nbs/61_cam.ipynb #ae4d3c7c
 def _save_png(img, file):
     "Whole or not at all"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +279,7 @@ class WatchCAM(Callback):
     def after_epoch(self):
         if self._b is None or not is_training(self.learn): return
         self.n_epochs += 1
-        # An epoch that `fit_stages` skips, as it was trained before, counts and is not shown
+        # Cancelled before it trained: nothing new to see
         trained,self._trained = self._trained,False
         if not trained or (self.n_epochs%self.every and self.epoch!=self.n_epoch-1): return
         x,y,imgs = self._b
