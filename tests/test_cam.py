@@ -10,6 +10,7 @@ from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import get_random_states
 from fastai.vision.all import Flatten, ImageBlock, Normalize, PILImage, Resize, Tensor, TensorImage, imagenet_stats, nn, plt, vision_learner
 from PIL import Image
+from torchvision.models.convnext import CNBlockConfig
 import fastai_tricks.all as ft
 from fastai_tricks.cam import GradCAM, WatchCAM, items_batch, overlay
 from fastai_tricks.cam_layer import places
@@ -29,7 +30,7 @@ def last(t): return t.permute(0,3,1,2)
 NETS = {
     'torchvision resnet18': (tv('resnet18'), lambda m: m.layer4[-1], None),
     'torchvision mobilenet_v2': (tv('mobilenet_v2'), lambda m: m.features[-1], None),
-    'torchvision convnext_tiny': (tv('convnext_tiny'), lambda m: m.features[-1][-1], None),
+    'torchvision convnext': (lambda: torchvision.models.ConvNeXt([CNBlockConfig(24,48,1), CNBlockConfig(48,96,1), CNBlockConfig(96,None,1)], num_classes=7), lambda m: m.features[-1][-1], None),
     'torchvision vit': (lambda: torchvision.models.VisionTransformer(64, 16, 3, 4, 64, 128, num_classes=7), lambda m: m.encoder.layers[-1].ln_1, tokens(1)),
     'torchvision swin': (lambda: torchvision.models.SwinTransformer([4,4], 24, [1,1], [2,2], [4,4], num_classes=7), lambda m: m.norm, last),
     'timm resnet18': (tm('resnet18'), lambda m: m.layer4[-1], None),
@@ -100,10 +101,10 @@ def test_layer_follows_the_size():
         assert cam(torch.randn(1,3,*hw)).shape==(1,*hw) and cam.layer is layer
 
 def test_pooled_maps_have_lost_places():
-    m = torchvision.models.vgg11(num_classes=3)
+    m = nn.Sequential(nn.Sequential(nn.Conv2d(3,4,3), nn.MaxPool2d(2), nn.Conv2d(4,8,3), nn.ReLU(inplace=True), nn.MaxPool2d(2)), nn.AdaptiveAvgPool2d(7), Flatten(), nn.Linear(8*49,3))
     cam = GradCAM(m)
     cam(torch.randn(1,3,64,64))
-    assert cam.layer is m.features[19] # The activation in front of the last pooling
+    assert cam.layer is m[0][3] # The activation in front of the last pooling
 
 def test_layer_by_name_and_wrong_ones():
     m,x = timm.create_model('resnet18', num_classes=3),nature(1)
