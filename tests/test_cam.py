@@ -1,8 +1,7 @@
 "Attention maps: the values, the layer, and that nothing is left of them"
 import copy, os, random
 import numpy as np, pytest, timm, torch, torchvision
-from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.hook import ActivationStats
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.training import GradientAccumulation
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, MultiCategoryBlock
 from fastai.learner import Learner, load_learner
@@ -446,3 +445,12 @@ def test_watch_is_exported_without_pictures(tmp_path):
     learn.export()
     loaded = load_learner(tmp_path/'export.pkl')
     assert loaded.watch_cam.n==2 and not loaded.watch_cam.rows and len(learn.watch_cam.rows)==1
+
+class SkipSecond(Callback):
+    def before_epoch(self):
+        if self.epoch==1: raise CancelEpochException()
+
+def test_watch_shows_no_epoch_that_trained_nothing():
+    w = WatchCAM(n=1)
+    watched([w,SkipSecond()], 3)
+    assert [l for l,_ in w.rows]==['1','3']
