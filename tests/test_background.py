@@ -173,3 +173,9 @@ def test_probe_by_hand(part):
 def test_probe_bad_input(learn):
     for kw,why in ((dict(keep=0.),'keep'), (dict(keep=1.),'keep'), (dict(keep=75),'keep'), (dict(n=1),'n'), (dict(dl=learn.dls.test_dl([0,2], with_labels=True)),'dl')):
         with pytest.raises(ValueError, match=f'`{why}` must be'): learn.background_probe(**kw)
+
+def test_images_looked_at_are_spread_over_the_set(learn):
+    seen = []
+    def note(i): seen.append(i); return where(i)
+    assert learn.background_report(note, n=5).loc['all','n']==5
+    assert seen==[0,2,4,7,9]
