@@ -8,12 +8,15 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
            'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-           'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'class_ladder',
+           'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
+           'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
            'accuracy_on']
 
 # %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head
+from .background import alpha_mask, background_metrics, background_share, pointing_game
+from .cam import GradCAM, WatchCAM
 from .climb import Climb, accuracy_on, climb
 from .depthwise import to_depthwise
 from .depthwise_report import depthwise_report, plot_depthwise
@@ -35,5 +38,5 @@ from .subset import class_ladder
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-         'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill',
+         'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on']

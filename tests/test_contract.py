@@ -16,7 +16,8 @@ CALLBACKS = dict(
     ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True),
     DeviceMixedPrecision=lambda: ft.DeviceMixedPrecision(torch.bfloat16),
     ChannelsLastBatch=ft.ChannelsLastBatch,
-    Distill=lambda: ft.Distill(tiny_learner().model, features=['0']))
+    Distill=lambda: ft.Distill(tiny_learner().model, features=['0']),
+    WatchCAM=lambda: ft.WatchCAM(n=2))
 FASTAI = dict(MixUp=MixUp, CutMix=CutMix, GradientAccumulation=lambda: GradientAccumulation(16), ChannelsLast=ChannelsLast)
 MAKE = {**CALLBACKS, **FASTAI}
 # `Learner` sorts by `order`: with equal ones the order of adding counts
