@@ -16,7 +16,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import DihedralItem, FlipItem, ImageBlock, PILImage, RandomResizedCrop, Resize, ResizeMethod, aug_transforms, vision_learner
 from fastai_tricks.all import AlbumentationsTfm, PILImageDraft, ProgressiveResize, albu_transforms, lite0_weights
-from common import TrainClock, environment, photos, write_results
+from common import environment, photos, write_results
 
 FILE = Path(__file__).with_suffix('.json')
 
@@ -93,11 +93,9 @@ def train(name, seed, files, valid, a):
     block = DataBlock((ImageBlock(PILImageDraft), CategoryBlock), get_y=parent_label, splitter=IndexSplitter(valid), item_tfms=item, batch_tfms=batch)
     set_seed(seed)
     learn = vision_learner(block.dataloaders(files, bs=a.bs, num_workers=0), 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
-    clock = TrainClock()
     set_seed(seed)
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(a.epochs, cbs=[clock] + ([cbs()] if cbs else []))
-    return dict(variant=name, seed=seed, accuracy=float(learn.recorder.values[-1][2]), valid_loss=float(learn.recorder.values[-1][1]),
-                train_loss=float(learn.recorder.values[-1][0]), seconds=clock.seconds)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(a.epochs, cbs=cbs() if cbs else None)
+    return dict(variant=name, seed=seed, accuracy=float(learn.recorder.values[-1][2]), valid_loss=float(learn.recorder.values[-1][1]), train_loss=float(learn.recorder.values[-1][0]))
 
 def summary(runs, base='aug_transforms'):
     res = []
@@ -106,9 +104,8 @@ def summary(runs, base='aug_transforms'):
         own = [r for r in runs if r['variant']==v]
         both = [r for r in own if r['seed'] in of]
         row = dict(variant=v, n=len(own))
-        diffs = {'accuracy': [r['accuracy'] for r in own], 'valid_loss': [r['valid_loss'] for r in own], 'seconds': [r['seconds'] for r in own],
-                 'points': [100*(r['accuracy']-of[r['seed']]['accuracy']) for r in both], 'loss_difference': [r['valid_loss']-of[r['seed']]['valid_loss'] for r in both],
-                 'ratio': [r['seconds']/of[r['seed']]['seconds'] for r in both]}
+        diffs = {'accuracy': [r['accuracy'] for r in own], 'valid_loss': [r['valid_loss'] for r in own], 'train_loss': [r['train_loss'] for r in own],
+                 'points': [100*(r['accuracy']-of[r['seed']]['accuracy']) for r in both], 'loss_difference': [r['valid_loss']-of[r['seed']]['valid_loss'] for r in both]}
         for k, o in diffs.items(): row |= {k: float(np.mean(o)) if o else None, f'{k}_sd': float(np.std(o, ddof=1)) if len(o)>1 else None}
         res.append(row)
     return res

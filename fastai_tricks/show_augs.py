@@ -9,11 +9,11 @@ __all__ = ['augmented']
 
 # %% ../nbs/62_show_augs.ipynb #009c7ad6
 from fastai.vision.all import *
-from .augment import at_strength
 from .core import _check, _is_int, keep_random, swapped
 from .loader import at_ratio, size_set, _pipe, _Shrink
-from .resize import ProgressiveResize, image_size, strength_at, _px
+from .resize import ProgressiveResize, image_size, _px
 from .resolution import resize_batch
+from .strength import at_strength, strength_at
 
 # %% ../nbs/62_show_augs.ipynb #a76100d2
 def augmented(
