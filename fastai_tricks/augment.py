@@ -14,7 +14,7 @@ from itertools import zip_longest
 from numbers import Real
 from fastai.vision.all import *
 from .core import _check, _is_int
-from .resolution import PILImageDraft, _hw
+from .resolution import PILImageDraft, draft_scale, _hw
 
 # %% ../nbs/60_augment.ipynb #2112e64a
 def _albumentations():
@@ -77,6 +77,14 @@ def _resample(t, part, out):
     smaller = part[2]-part[0]>out[0] or part[3]-part[1]>out[1]
     return Image.HAMMING if t.area_for_downscale and smaller else _resamples.get(t.interpolation, Image.BILINEAR)
 
+def _undecoded(o): return isinstance(o, PILImageDraft) and o._jpeg is not None and o.size==o._whole
+
+def _cut(o, part, out, how):
+    "`part` of the image `o` resized to `out`"
+    if not _undecoded(o): return o.resize(out, how, box=part)
+    d = draft_scale((part[2]-part[0],part[3]-part[1]), out) if how!=Image.NEAREST else 1
+    return o.reduced(d).resize(out, how, box=tuple(p/d for p in part))
+
 class AlbumentationsTfm(ItemTransform):
     "Apply an albumentations pipeline to images, masks, points and boxes of an item, all with the same randomness"
     order = 2 # After `Resize` and `PointScaler`, where there are any; before `ToTensor`
@@ -115,13 +123,12 @@ class AlbumentationsTfm(ItemTransform):
         # Its own generators are copied by each worker: all would do the same. fastai seeds Python's, in each worker and epoch
         seed = random.getrandbits(64)
         rngs = np.random.default_rng(seed),random.Random(seed)
-        lazy = all(isinstance(o[i], PILImageDraft) and o[i]._jpeg is not None for i in images)
-        crop = self._first_crop(aug, size, rngs) if lazy and not (boxes and _drops_small(aug)) else None
+        crop = None if boxes and _drops_small(aug) else self._first_crop(aug, [o[i] for i in images], rngs)
         part,types = (0,0,*size),list(map(type, o)) # Cut, an image is one of Pillow's
         if crop:
             part,size = crop
-            for i in images+masks:
-                o[i] = o[i].crop_pad((part[2]-part[0],part[3]-part[1]), part[:2], resize_to=size, resize_mode=Image.NEAREST if i in masks else _resample(aug.transforms[0], *crop))
+            for i in images: o[i] = _cut(o[i], part, size, _resample(aug.transforms[0], part, size))
+            for i in masks: o[i] = _cut(o[i], part, size, Image.NEAREST)
         names = ('image',images),('mask',masks)
         data = {_nth(nm, k):np.asarray(o[i]) for nm,ii in names for k,i in enumerate(ii)}
         xys = {i:self._to_pixels(o[i], was, part, size) for i in points+boxes}
@@ -147,12 +154,12 @@ class AlbumentationsTfm(ItemTransform):
             start += n
         return o
 
-    def _first_crop(self, aug, size, rngs):
+    def _first_crop(self, aug, images, rngs):
         t = first(aug.transforms)
-        if t is None or aug.p<1: return None
+        if t is None or aug.p<1 or not (all(map(_undecoded, images)) or getattr(t, 'area_for_downscale', None)): return None
         t.set_random_state(*rngs)
         rngs[1].random() # As `Compose` asks itself first
-        return first_crop(t, size)
+        return first_crop(t, images[0].size)
 
     def _to_pixels(self, t, was, part, size):
         "Points or boxes of an image that was `was` `(w,h)`, after its `part` has become `size`"

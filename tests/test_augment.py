@@ -1,5 +1,5 @@
 "`AlbumentationsTfm`, `albu_transforms`, `show_augs` and rising strength: what belongs on no page"
-import io, math, pickle, re, sys
+import io, math, pickle, random, re, sys
 from functools import partial
 import albumentations as A
 import numpy as np, pytest, torch
@@ -8,22 +8,21 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
-from fastai.data.transforms import IndexSplitter, MultiCategorize, ToTensor
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.transforms import IndexSplitter, TensorMultiCategory, ToTensor
 from fastai.layers import ConvLayer
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorBase, get_random_states, set_seed
+from fastai.torch_core import get_random_states, set_seed
 from fastai.vision.augment import Flip, Resize, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, TensorImage, TensorMask, TensorPoint, image2tensor
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock
-from fastai.data.transforms import TensorMultiCategory
 from fasttransform import Pipeline
 import fastai.callback.schedule
 from fastai_tricks.all import AlbumentationsTfm, PILImageDraft, ProgressiveResize, albu_transforms
 from fastai_tricks.strength import at_strength
 from fastai_tricks.loader import at_ratio, size_set
-from fastai_tricks.test_utils import tiny_dls, tiny_learner, sizes_seen
+from fastai_tricks.test_utils import tiny_dls, tiny_learner
 
 PHOTOS = [Image.fromarray(a) for a in load_sample_images().images]
 
@@ -86,6 +85,7 @@ def test_same_randomness_for_all():
 def test_points_follow_the_image():
     "A white pixel, and a point on it"
     tfm,hits = AlbumentationsTfm([A.RandomResizedCrop(size=(48,80), scale=(.5,1)), A.HorizontalFlip(p=.5), A.Rotate(limit=30, p=1)]),0
+    set_seed(0)
     for _ in range(30):
         a = np.zeros((96,160,3), np.uint8)
         a[38:43,58:63] = 255
@@ -93,7 +93,7 @@ def test_points_follow_the_image():
         ys,xs = np.nonzero(np.asarray(im)[...,0]>100)
         if not len(xs) or min(xs)==0 or max(xs)==79 or min(ys)==0 or max(ys)==47: continue
         hits += 1
-        assert abs(xs.mean()-p[0,0].item())<1.2 and abs(ys.mean()-p[0,1].item())<1.2
+        assert abs(xs.mean()-p[0,0].item())<1.5 and abs(ys.mean()-p[0,1].item())<1.5
         x0,y0,x1,y1 = b[0].tolist()
         assert x0-1<=xs.min() and xs.max()<=x1 and y0-1<=ys.min() and ys.max()<=y1
     assert hits>10
@@ -241,15 +241,22 @@ SIZED = {'resize':(A.Resize(64, 96, **AREA),30), 'smallest':(A.SmallestMaxSize(1
 @pytest.mark.parametrize('wh', [(2000,1333),(1283,857),(857,1283)])
 @pytest.mark.parametrize('kind', SIZED)
 def test_same_picture_from_a_draft(kind, wh, scales):
+    "As albumentations makes it of all pixels"
     t,least = SIZED[kind]
     tfm = AlbumentationsTfm(t)
     for photo in PHOTOS:
         data,got = jpeg(photo.resize(wh)),[]
-        for cls in (PILImage,PILImageDraft):
+        set_seed(5)
+        seed = random.getrandbits(64)
+        aug = A.Compose([t])
+        aug.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        full = PILImage.create(data)
+        expected = PILImage.create(aug(image=np.asarray(full))['image'])
+        for im in (full,PILImageDraft.create(data)):
             set_seed(5)
-            got.append(tfm((cls.create(data),), split_idx=0)[0])
-        assert got[0].size==got[1].size and psnr(*got)>=least
-        assert kind!='crop' or psnr(got[0], tfm((PILImage.create(data),), split_idx=0)[0])<18 # Another crop
+            got = tfm((im,), split_idx=0)[0]
+            assert got.size==expected.size and psnr(got, expected)>=least
+        assert kind!='crop' or psnr(tfm((full,), split_idx=0)[0], expected)<18 # Another crop
     assert max(scales)>1
 
 def test_scale_leaves_enough_pixels(scales):
@@ -290,7 +297,7 @@ def test_scales_decoded(scales):
 def test_draft_with_masks_points_and_boxes(scales):
     "All of it where it is without the draft"
     wh,got = (1283,857),[]
-    lum = PILMask.create((np.asarray(PHOTOS[0].resize(wh).convert('L'))>110).astype(np.uint8))
+    lum = PILMask.create((np.asarray(PHOTOS[0].convert('L').resize((12,8)).resize(wh, Image.BICUBIC))>110).astype(np.uint8))
     for cls in (PILImage,PILImageDraft):
         set_seed(5)
         b = TensorBBox.create([[100,200,400,700.],[900,100,1200,300]])
@@ -299,8 +306,7 @@ def test_draft_with_masks_points_and_boxes(scales):
     (a,m,p,b,l),(a2,m2,p2,b2,l2) = got
     assert scales in ([4],[8])
     assert psnr(a, a2)>=30 and torch.allclose(plain(p), plain(p2), atol=.01) and torch.allclose(plain(b), plain(b2), atol=.01) and l.tolist()==l2.tolist()
-    # Masks of the two agree as well as nearest neighbours of a fine picture can
-    assert (np.asarray(m)==np.asarray(m2)).mean()>.9
+    assert (np.asarray(m)==np.asarray(m2)).mean()>.97 and .1<np.asarray(m).mean()<.9
 
 def test_boxes_cut_off_by_a_draft(scales):
     got = []
@@ -445,7 +451,7 @@ def test_off_by_default():
 
 @pytest.mark.parametrize('num_workers', [0,2])
 def test_augmentation_rises(num_workers):
-    "The loader's own copies: seen in how often a flip of p=1 happens"
+    "Seen in how often the loader's own copies invert a white image"
     class Sure(AlbumentationsTfm):
         "Inverts with the probability that its strength is"
         def __init__(self, s=1.): super().__init__([A.Resize(64, 64),A.InvertImg(p=s)], [A.Resize(64, 64)]); self.s = s
