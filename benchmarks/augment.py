@@ -112,7 +112,10 @@ def summary(runs, base='aug_transforms'):
 
 def compare(a):
     files, valid = photos(a.data, a.per_class, a.valid_per_class)
-    settings = dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, size=a.size, bs=a.bs, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid))
+    classes = sorted({f.parent.name for f in files})[:a.classes]
+    keep = [i for i,f in enumerate(files) if f.parent.name in classes]
+    files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
+    settings = dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=len(classes), size=a.size, bs=a.bs, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid))
     runs = load('accuracy', settings)
     names = a.variants or list(variants(a.size))
     for seed in range(a.seeds):
@@ -129,8 +132,9 @@ def main():
     p.add_argument('--n', type=int, default=200, help='images for the speed')
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--variants', nargs='*')
-    p.add_argument('--per-class', type=int, default=5)
-    p.add_argument('--valid-per-class', type=int, default=8)
+    p.add_argument('--classes', type=int, default=24)
+    p.add_argument('--per-class', type=int, default=8)
+    p.add_argument('--valid-per-class', type=int, default=12)
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--epochs', type=int, default=3)
     p.add_argument('--size', type=int, default=96)

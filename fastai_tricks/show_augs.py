@@ -60,7 +60,7 @@ def show_augs(self:DataLoaders,
     "Show a few training images, each augmented several times"
     _check_n(n=n, k=k)
     cols = augmented(self, n, k)
-    _show(plt.figure(figsize=(1.5*k,1.6*len(cols[0])), layout='constrained'), cols)
+    _show(plt.figure(figsize=(1.2*k,1.3*len(cols[0])), layout='constrained'), cols)
 
 @patch
 def show_augs(self:Learner,
@@ -77,6 +77,6 @@ def show_augs(self:Learner,
     k = k or max(2, 6//len(sizes))
     strengths = [1. if cb.strength is None else strength_at(s, sizes[0], full, cb.strength) for s in sizes]
     groups = [augmented(self.dls, n, k, s, full, t) for s,t in zip(sizes, strengths)]
-    fig = plt.figure(figsize=(1.5*k*len(sizes),1.6*len(groups[0][0])+.4), layout='constrained')
+    fig = plt.figure(figsize=(1.2*k*len(sizes),1.3*len(groups[0][0])+.4), layout='constrained')
     for f,g,s,t in zip(np.atleast_1d(fig.subfigures(1, len(sizes))), groups, sizes, strengths):
         _show(f, g, f'{_px(s)} px' + (f', strength {t:.2g}' if cb.strength else ''))
