@@ -85,8 +85,8 @@ def variants(size):
     return {'none': (Resize(size), None, None),
             'aug_transforms': (Resize(size), aug_transforms(), None),
             'albu_transforms': (albu_transforms(size), None, None),
-            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False)),
-            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False, strength=(.5,1.)))}
+            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64)),
+            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, strength=(.5,1.)))}
 
 def train(name, seed, files, valid, a):
     item, batch, cbs = variants(a.size)[name]
@@ -138,7 +138,7 @@ def main():
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--epochs', type=int, default=3)
     p.add_argument('--size', type=int, default=96)
-    p.add_argument('--bs', type=int, default=32)
+    p.add_argument('--bs', type=int, default=16)
     a = p.parse_args()
     (speed if a.part=='speed' else compare)(a)
 
