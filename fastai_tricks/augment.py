@@ -38,6 +38,7 @@ def _check_aug(name, aug):
     _check(not any(type(o).__name__ in _fastai_does for t in ts for o in _all_in(t)), name, aug, f"without {', '.join(_fastai_does)}, as fastai does that after it")
     return deepcopy(aug if isinstance(aug, A.Compose) else A.Compose(ts))
 
+_mirrors = 2,4 # cv2.BORDER_REFLECT and BORDER_REFLECT_101
 _box_kept = ('min_area','min_visibility','min_width','min_height','max_accept_ratio','check_each_transform')
 def _drops_small(aug): return 'bboxes' in aug.processors and any(vars(aug.processors['bboxes'].params).get(k) for k in _box_kept[:-1])
 def _compose(aug, cropped, n_images, n_masks, points, boxes):
@@ -49,9 +50,13 @@ def _compose(aug, cropped, n_images, n_masks, points, boxes):
     if boxes: kwargs['bbox_params'] = A.BboxParams('pascal_voc', label_fields=['ids'], clip=True, filter_invalid_bboxes=True, **{k:own[k] for k in _box_kept if k in own})
     # As many points as there were: a batch has as many for each item
     if points: kwargs['keypoint_params'] = A.KeypointParams('xy', remove_invisible=False)
+    ts = deepcopy(aug.transforms[cropped:])
+    # A mirrored edge shows objects twice, and albumentations then multiplies their points and boxes
+    for o in (o for t in ts for o in _all_in(t) if points or boxes):
+        if getattr(o, 'border_mode', None) in _mirrors: o.border_mode = 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # That nothing in the pipeline moves points: there is nothing to move then
-        return A.Compose(deepcopy(aug.transforms[cropped:]), p=aug.p, additional_targets=extra, mask_interpolation=aug.mask_interpolation, **kwargs)
+        return A.Compose(ts, p=aug.p, additional_targets=extra, mask_interpolation=aug.mask_interpolation, **kwargs)
 
 # %% ../nbs/60_augment.ipynb #ef6e4871
 def first_crop(
@@ -141,6 +146,7 @@ class AlbumentationsTfm(ItemTransform):
         for nm,ii in names:
             for k,i in enumerate(ii): o[i] = types[i](_to_pil(res[_nth(nm, k)]))
         size,start = o[images[0]].size,0
+        if points and len(res['keypoints'])!=len(data['keypoints']): raise ValueError(f"the pipeline must keep each point, but made {len(res['keypoints'])} of {len(data['keypoints'])}: {aug}")
         for i in points:
             n = len(xys[i])
             o[i] = self._from_pixels(o[i], res['keypoints'][start:start+n], size).view(o[i].shape)
@@ -183,12 +189,10 @@ def _photo_augs(size, strength, min_scale, do_flip, flip_vert, max_rotate, max_w
     train = [A.RandomResizedCrop(size=(h,w), scale=(min_scale**s,1.), ratio=ratio, area_for_downscale='image')]
     if do_flip: train.append(A.HorizontalFlip(p=min(.5, s/2)))
     if flip_vert: train += [A.VerticalFlip(p=min(.5, s/2)),A.Transpose(p=min(.5, s/2))][:1+(h==w)]
-    if max_rotate: train.append(A.Affine(rotate=(-s*max_rotate,s*max_rotate), border_mode=_reflect, p=p(p_affine)))
+    if max_rotate: train.append(A.Affine(rotate=(-s*max_rotate,s*max_rotate), border_mode=4, p=p(p_affine)))
     if max_warp: train.append(A.Perspective(scale=(0.,s*max_warp/4), p=p(p_affine)))
     if max_lighting: train.append(A.RandomBrightnessContrast(brightness_limit=min(1., s*max_lighting), contrast_limit=min(1., s*max_lighting), p=p(p_lighting)))
     return train,[A.SmallestMaxSize(max_size_hw=(h,w), area_for_downscale='image'),A.CenterCrop(h, w)]
-
-_reflect = 4 # cv2.BORDER_REFLECT_101
 
 class _PhotoTfm(AlbumentationsTfm):
     "What `albu_transforms` gives: it knows how it was made, so that it can be made anew"

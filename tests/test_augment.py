@@ -98,6 +98,23 @@ def test_points_follow_the_image():
         assert x0-1<=xs.min() and xs.max()<=x1 and y0-1<=ys.min() and ys.max()<=y1
     assert hits>10
 
+@pytest.mark.parametrize('mode', [2,4])
+def test_mirrored_edges_multiply_nothing(mode):
+    got = []
+    for border in (0,mode):
+        set_seed(3)
+        tfm = AlbumentationsTfm([A.OneOf([A.Affine(rotate=(25,25), border_mode=border, p=1)], p=1),A.Rotate(limit=(10,10), border_mode=border, p=1)])
+        got.append(tfm(item()[:5], split_idx=0)[2:])
+    (p,b,l),(p2,b2,l2) = got
+    assert torch.allclose(plain(p), plain(p2)) and torch.allclose(plain(b), plain(b2)) and l.tolist()==l2.tolist() and len(p)==2
+    tfm = albu_transforms(64)
+    for _ in range(40):
+        _,_,p,_,l = tfm(item()[:5], split_idx=0)
+        assert len(p)==2 and len(set(l.tolist()))==len(l)
+    # Alone, images are mirrored
+    white = PILImage.create(np.full((48,80,3), 255, np.uint8))
+    assert np.asarray(AlbumentationsTfm(A.Rotate(limit=(30,30), border_mode=mode, p=1))(white, split_idx=0)).min()>250
+
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match='must be of one size'): AlbumentationsTfm(WILD)((image(0), image(0, 20, 20)), split_idx=0)
 
@@ -130,14 +147,15 @@ def names(i): return ['a','b','c'][:1+i%3]
 
 def test_boxes_in_a_batch():
     dls = loaders((ImageBlock,BBoxBlock,BBoxLblBlock), AlbumentationsTfm([A.Crop(30, 5, 80, 45)], [A.Resize(20, 40)]), n_inp=1, getters=[same_image,boxes,names])
-    x,b,l = dls.train.one_batch()
-    assert (type(b),type(l))==(TensorBBox,TensorMultiCategory) and x.shape==(8,3,40,50)
-    one,two,three = (torch.tensor(o) for o in ([10.,5,30,25],[0.,0,10,35],[0.,0,0,0]))
-    size = torch.tensor([50.,40,50,40])
-    names_ = [[dls.vocab[j] for j in o if j] for o in l]
-    assert set(map(tuple, names_))=={(),('b',),('b','c')}
-    for bb,n in zip(b, names_):
-        for o,px in zip(bb, (one,two)[:len(n)]): assert torch.allclose(plain(o), px*2/size-1, atol=1e-5)
+    one,two = torch.tensor([10.,5,30,25]),torch.tensor([0.,0,10,35])
+    size,seen = torch.tensor([50.,40,50,40]),set()
+    for x,b,l in dls.train:
+        assert (type(b),type(l))==(TensorBBox,TensorMultiCategory) and x.shape==(8,3,40,50)
+        for bb,ll in zip(b, l):
+            ns = [dls.vocab[j] for j in ll if j]
+            seen.add(tuple(ns))
+            for o,px in zip(bb[:len(ns)], (one,two)): assert torch.allclose(plain(o), px*2/size-1, atol=1e-5)
+    assert seen=={(),('b',),('b','c')}
     x,b,l = dls.valid.one_batch() # Squeezed to half: relative to the image nothing moves
     assert x.shape[-2:]==(20,40) and torch.allclose(plain(b)[0,0], torch.tensor([0.,0,10,10])*2/torch.tensor([80.,48,80,48])-1, atol=1e-5)
     dls.show_batch()
