@@ -11,10 +11,11 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
            'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
            'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
-           'accuracy_on']
+           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms']
 
 # %% ../nbs/99_all.ipynb #17729b5d
-import fastai_tricks.head
+import fastai_tricks.head, fastai_tricks.show_augs
+from .augment import AlbumentationsTfm, albu_transforms
 from .background import alpha_mask, background_metrics, background_share, pointing_game
 from .cam import GradCAM, WatchCAM
 from .climb import Climb, accuracy_on, climb
@@ -39,4 +40,5 @@ _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'ski
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
          'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
-         'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on']
+         'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on',
+         'AlbumentationsTfm', 'albu_transforms']

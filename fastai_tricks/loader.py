@@ -8,7 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/loader.html.md"""
 __all__ = ['any_batch_size', 'size_set', 'at_ratio', 'scaled_bs']
 
 # %% ../nbs/14_loader.ipynb #85db9a25
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import count
 from fastai.vision.all import *
 from .core import peek, swapped
@@ -29,9 +29,9 @@ def size_set(
     batch_fs:list, # Batch transforms
 )->tuple: # `(h,w)` of the images that come out, pixels; None where it cannot be told
     "What the last transform that sets a size sets, if all transforms are known"
-    if not all(type(f) in (*_item_sized,*_item_any) for f in item_fs): return None
+    if not all(type(f) in (*_item_sized,*_item_any) or hasattr(f, 'at_size') for f in item_fs): return None
     if not all(isinstance(f, _batch_any) or type(f) is RandomResizedCropGPU for f in batch_fs): return None
-    sizes = [tuple(f.size)[::-1] for f in item_fs if type(f) in _item_sized]
+    sizes = [f.size if hasattr(f, 'at_size') else tuple(f.size)[::-1] for f in item_fs if type(f) in _item_sized or hasattr(f, 'at_size')]
     sizes += [_hw(f.size) for f in batch_fs if getattr(f, 'size', None) is not None]
     return sizes[-1] if sizes else None
 
@@ -42,6 +42,7 @@ def at_ratio(
     "The transforms with each size they set multiplied by `ratio`"
     def new(hw): return tuple(max(1, round(o*r)) for o,r in zip(hw, ratio))
     def at(f):
+        if hasattr(f, 'at_size'): return f.at_size(new(f.size))
         if getattr(f, 'size', None) is None: return f
         f = copy(f)
         if isinstance(f, _item_sized): f.size = fastuple(new(tuple(f.size)[::-1])[::-1]) # fastai's are `(w,h)` there
@@ -98,9 +99,9 @@ class _Shrink:
     def __reduce__(self): return _Shrink, (noop, None)
 
 class _SmallLoader(GetAttr):
-    "The loader `dl`, with other values of `attrs` while it makes a batch, batch `i` with `after_batch(i)`"
+    "The loader `dl`, with other values of `attrs` while it makes a batch, batch `i` with the batch transforms `make(i)`, all of them within `during()`"
     _default = 'dl'
-    def __init__(self, dl, after_batch=None, **attrs): self.dl,self.make,self.attrs = dl,after_batch,attrs
+    def __init__(self, dl, make=None, during=nullcontext, **attrs): self.dl,self.make,self.during,self.attrs = dl,make,during,attrs
     def _changed(self, **attrs):
         stack = ExitStack()
         for k,v in {**self.attrs, **attrs}.items(): stack.enter_context(swapped(self.dl, k, v))
@@ -108,9 +109,11 @@ class _SmallLoader(GetAttr):
     def __len__(self):
         with self._changed(): return len(self.dl)
     def __iter__(self):
-        it = iter(self.dl)
-        for i in count():
-            with self._changed(**({'after_batch':self.make(i)} if self.make else {})):
-                try: b = next(it)
-                except StopIteration: return
-            yield b
+        # An error in the loop over this ends the generator too, and so leaves `during`
+        with self.during():
+            it = iter(self.dl)
+            for i in count():
+                with self._changed(**({'after_batch':self.make(i)} if self.make else {})):
+                    try: b = next(it)
+                    except StopIteration: return
+                yield b

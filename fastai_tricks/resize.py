@@ -18,6 +18,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .core import is_training, say, peek, _check, _is_int
 from .loader import any_batch_size, at_ratio, scaled_bs, size_set, _SmallLoader, _Shrink, _follows, _fs, _pipe, _split
+from .strength import at_strength, strength_at, weaker
 import fastai_tricks.schedule # For `Learner.fine_tune_warmup`
 from .resolution import crop_batch, resize_batch, _full, _holds_for_a_part, _is_image, _points
 
@@ -122,6 +123,7 @@ class ProgressiveResize(Callback):
         scale_bs:bool=False, # Larger batches of small images: as many pixels as at full size, as far as few images are left over (`scaled_bs`)
         max_bs:int=None, # No batch larger than this, with `scale_bs`
         scale_lr:str='sqrt', # Learning rate of larger batches: times their growth ('linear'), times its root ('sqrt'), or as it is (None)
+        strength:tuple=None, # Of augmentation, dropout and mixup at the first size and at full size, times what it is, rising in [0,1], as (.5,1.); default: as it is
     ):
         store_attr()
         def is_hw(s): return isinstance(s, tuple) and len(s)==2 and all(isinstance(o, Real) for o in s)
@@ -132,6 +134,8 @@ class ProgressiveResize(Callback):
         _check(scale_bs in (True,False), 'scale_bs', scale_bs, 'True or False')
         _check(max_bs is None or (_is_int(max_bs) and max_bs>0), 'max_bs', max_bs, 'a whole number, 1 or more')
         _check(scale_lr in _lr_rules, 'scale_lr', scale_lr, f'one of {tuple(_lr_rules)}')
+        _check(strength is None or (is_listy(strength) and len(strength)==2 and all(isinstance(o, Real) for o in strength) and 0<=strength[0]<=strength[1]<=1),
+               'strength', strength, 'None, or two numbers that do not fall, in [0,1]')
         _check(until is None or (isinstance(until, Real) and 0<until<=1), 'until', until, 'a fraction of training in (0,1]')
         _check(isinstance(hold, Real) and 0<hold<=1, 'hold', hold, 'a fraction in (0,1]')
         _check(start is None or (is_hw(start) and min(start)>=mult) or (isinstance(start, Real) and (0<start<=1 or start>=mult)), 'start', start,
@@ -179,11 +183,18 @@ class ProgressiveResize(Callback):
         # The largest size of this epoch: workers know no other
         f.top = self._size((self.epoch+1)/self.n_epoch - 1e-6, f.full)
         attrs,make = {},None
-        if f.loader and f.top!=f.full: attrs['after_item'] = _pipe(dl, 'after_item', at_ratio(dl.after_item.fs, self._ratio(f.top)))
+        item_fs,batch_fs = (list(o or []) for o in (_fs(dl, 'after_item'),_fs(dl, 'after_batch')))
+        s = 1 if self.strength is None else strength_at(f.top, f.first, f.full, self.strength)
+        if f.loader and f.top!=f.full: item_fs = at_ratio(item_fs, self._ratio(f.top))
+        if s!=1:
+            item_fs,batch_fs = at_strength(item_fs, s),at_strength(batch_fs, s)
+            attrs['during'] = partial(weaker, self.learn, s)
+            if _fs(dl, 'after_batch') is not None: attrs['after_batch'] = _pipe(dl, 'after_batch', batch_fs)
+        if _fs(dl, 'after_item') is not None and (s!=1 or (f.loader and f.top!=f.full)): attrs['after_item'] = _pipe(dl, 'after_item', item_fs)
         if self.scale_bs: attrs['bs'] = self._bs(dl, f.top)
         f.early = True
-        if f.small_first: make = partial(self._shrunk, dl, list(dl.after_batch.fs))
-        elif f.sized and not f.crop: make = partial(self._sized, dl, list(dl.after_batch.fs))
+        if f.small_first: make = partial(self._shrunk, dl, batch_fs)
+        elif f.sized and not f.crop: make = partial(self._sized, dl, batch_fs)
         else: f.early = False
         f.growth = self._per_step(attrs['bs'])/self._per_step(dl.bs) if self.scale_bs else 1
         if attrs or make: self.learn.dl = _SmallLoader(dl, make, **attrs)
@@ -238,7 +249,7 @@ class ProgressiveResize(Callback):
             _check(self.where!='loader', 'where', self.where, "'auto' or 'device', as the item transforms leave a target or an input of the images' size as it is")
             loader = sized = False
         return SimpleNamespace(full=full, tuning=part is not None, frozen=part=='frozen', crop=crop, pixel_points=pixel_points, sized=sized, small_first=small_first,
-                               loader=loader, lrs=None)
+                               loader=loader, first=(self.schedule(full, part is not None)[0] or [full])[0], lrs=None)
 
     def _smaller(self, i, xb, yb):
         "The images `(bs,c,h,w)` of batch `i`, and the targets that lie on them, at the size of the moment"
@@ -281,8 +292,9 @@ class ProgressiveResize(Callback):
         within = any(abs(e*self.n_epoch - round(e*self.n_epoch))>1e-6 for e in ends)
         place = 'on the device' if not f.loader else 'in the loader, within an epoch on the device' if within else 'in the loader'
         tops = [self._size((i+1)/self.n_epoch - 1e-6, f.full) for i in range(self.n_epoch)]
+        less = f'; strength {self.strength[0]:g} to {self.strength[1]:g}' if self.strength else ''
         batches = f"; batches of {', '.join(map(str, dict.fromkeys(self._bs(self.learn.dl, s) for s in tops)))}" if self.scale_bs else ''
-        return f'ProgressiveResize: {then}, {place}{batches}; about {full_share(sizes, f.full, until, self.hold):.0%} of full-size cost'
+        return f'ProgressiveResize: {then}, {place}{batches}{less}; about {full_share(sizes, f.full, until, self.hold):.0%} of full-size cost'
 
     def plan(self,
         full:int|tuple=None, # Full size: pixels of a square's side, or `(h,w)`; default: that of the Learner's training images

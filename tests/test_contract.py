@@ -13,7 +13,7 @@ from fastai_tricks.test_utils import tiny_learner, sizes_seen
 
 # A new callback gets a line here: all tests below then hold for it, alone and with each of the others
 CALLBACKS = dict(
-    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True),
+    ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True, strength=(.5,1.)),
     DeviceMixedPrecision=lambda: ft.DeviceMixedPrecision(torch.bfloat16),
     ChannelsLastBatch=ft.ChannelsLastBatch,
     Distill=lambda: ft.Distill(tiny_learner().model, features=['0']),
