@@ -21,17 +21,21 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up and the climb (longer)
+bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up and the climb (longer)
 	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/progressive_resize.py --regime batches
 	$(PY) benchmarks/progressive_resize.py --regime scratch
 	$(PY) benchmarks/precision.py speed
+	$(PY) benchmarks/cam.py bias
+	$(PY) benchmarks/cam.py speed
 	for part in convert recover speed; do $(PY) benchmarks/depthwise.py $$part; done
 	$(PY) benchmarks/subset.py
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/precision.py accuracy --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/warmup.py --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/augment.py speed --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/augment.py accuracy --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/climb.py carry --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/climb.py signal --data "$(DATA)")
 
