@@ -9,7 +9,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import BBoxBlock, BBoxLblBlock, Flatten, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, RandomResizedCrop, Resize, TensorBBox, aug_transforms, imagenet_stats, nn, parent_label
 from PIL import Image
 import fastai_tricks.all as ft
-from fastai_tricks.background import alpha_mask, background_metrics, background_share, box_mask, masked_batch, mixed, pointing_game
+from fastai_tricks.background import _others, alpha_mask, background_metrics, background_share, box_mask, masked_batch, mixed, pointing_game
 from fastai_tricks.test_utils import tiny_dls, tiny_learner
 
 def test_share_and_pointing_by_hand():
@@ -179,3 +179,6 @@ def test_images_looked_at_are_spread_over_the_set(learn):
     def note(i): seen.append(i); return where(i)
     assert learn.background_report(note, n=5).loc['all','n']==5
     assert seen==[0,2,4,7,9]
+
+@pytest.mark.parametrize('y', [[0,0,0,0,1,1], [0,1,0,1], [2,2,1,1,0,0,0,0,0]])
+def test_other_images_are_of_another_class(y): assert all(y[i]!=y[o] for i,o in enumerate(_others(torch.tensor(y)).tolist()))
