@@ -159,6 +159,12 @@ def _one_image(learn, dl):
     _check(getattr(dl, 'indexed', False), 'dls', type(dl), 'loaders of fastai, with an index')
     _check(getattr(learn.dls, 'n_inp', 1)==1, 'dls', f'with {getattr(learn.dls, "n_inp", 1)} inputs', 'loaders of one image an item')
 
+def _classes(y):
+    "Targets of a batch on the CPU; raise where they are no classes"
+    ok = isinstance(y, TensorMultiCategory) or (isinstance(y, Tensor) and not isinstance(y, (TensorPoint,TensorBBox)) and y.ndim==1 and not y.is_floating_point())
+    _check(ok, 'dls', f'with targets {type(y).__name__} {tuple(getattr(y, "shape", ()))}', 'loaders whose targets are classes')
+    return y.as_subclass(Tensor).cpu()
+
 def _names(dls, y):
     "Targets as text"
     vocab = getattr(dls, 'vocab', None)
@@ -199,7 +205,7 @@ def show_cam(self:Learner,
     _check(targets=='pred' or labelled, 'targets', targets, "'pred' where the images have no labels")
     cam = GradCAM(self.model, layer, method)
     x,*y = items_batch(dl, _pick(self, dl, items, k) if _is_int(items) else range(len(items)))
-    y = list(y[0].as_subclass(Tensor).cpu()) if labelled else [None]*len(x)
+    y = list(_classes(y[0])) if labelled else [None]*len(x)
     _check(targets=='pred' or all(t.ndim==0 for t in y), 'targets', targets, "'pred' where an image has several labels")
     maps = cam(x, [int(t) for t in y] if targets=='true' else None)
     imgs,pred = _shown(dl, x),cam.logits.argmax(1).cpu()
@@ -269,7 +275,7 @@ class WatchCAM(Callback):
         _check(dl.n, 'dls', 'without validation images', 'loaders with some, or `items`')
         n = min(self.n, dl.n) if self.items is None else dl.n
         x,y,*_ = items_batch(dl, [i*dl.n//n for i in range(n)])
-        self._cam,self._b = GradCAM(self.model, self.layer, self.method),(x,y.as_subclass(Tensor).cpu(),_shown(dl, x))
+        self._cam,self._b = GradCAM(self.model, self.layer, self.method),(x,_classes(y),_shown(dl, x))
         self._cam(x)
         images = _row([overlay(o, o[0], 0) for o in self._b[2]])
         if self.images is None or not np.array_equal(self.images, images): self.images,self.rows,self.n_epochs = images,[],0

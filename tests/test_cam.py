@@ -3,11 +3,11 @@ import copy, os, random
 import numpy as np, pytest, timm, torch, torchvision
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.training import GradientAccumulation
-from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, MultiCategoryBlock
+from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, MultiCategoryBlock, RegressionBlock
 from fastai.learner import Learner, load_learner
-from fastai.losses import BCEWithLogitsLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
 from fastai.torch_core import get_random_states
-from fastai.vision.all import Flatten, ImageBlock, Normalize, PILImage, Resize, Tensor, TensorImage, imagenet_stats, nn, plt, vision_learner
+from fastai.vision.all import Flatten, ImageBlock, Normalize, PILImage, PointBlock, Resize, Tensor, TensorImage, imagenet_stats, nn, plt, vision_learner
 from PIL import Image
 from torchvision.models.convnext import CNBlockConfig
 import fastai_tricks.all as ft
@@ -454,3 +454,13 @@ def test_watch_shows_no_epoch_that_trained_nothing():
     w = WatchCAM(n=1)
     watched([w,SkipSecond()], 3)
     assert [l for l,_ in w.rows]==['1','3']
+
+@pytest.mark.parametrize('block,y,n', [(PointBlock, [[5.,5],[20,20]], 4), (RegressionBlock, 1.5, 1)], ids=['points','numbers'])
+def test_targets_that_are_no_classes_are_refused_before_training(block, y, n):
+    db = DataBlock((ImageBlock,block), get_x=lambda i: Image.new('RGB', (32,32)), get_y=lambda i: y, splitter=IndexSplitter([0,1,2,3]))
+    learn = Learner(db.dataloaders(list(range(12)), bs=4, num_workers=0, device='cpu'), nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4,n)), loss_func=MSELossFlat())
+    was = [p.clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ValueError, match='targets are classes'): learn.fit(1, cbs=WatchCAM(n=2))
+        with pytest.raises(ValueError, match='targets are classes'): learn.show_cam(2)
+    assert all(map(torch.equal, was, learn.model.parameters()))
