@@ -122,7 +122,7 @@ def _replace(model, new):
     "Put `new[m]` in the place of `m` wherever it stands, with its hooks"
     for m,o in new.items():
         for k in vars(m):
-            if 'hooks' in k: setattr(o, k, getattr(m, k))
+            if 'hook' in k: setattr(o, k, getattr(m, k))
     for parent in list(model.modules()):
         parent._modules.update({k:new[m] for k,m in parent._modules.items() if m in new})
     return new.get(model, model)

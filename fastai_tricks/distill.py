@@ -86,7 +86,7 @@ class Distill(Callback):
         _check(not shared, 'teacher', type(self.teacher).__name__, "a network of its own: it shares layers with the Learner's model")
         func = getattr(self.loss_func, 'func', self.loss_func)
         _check(not isinstance(func, (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss)), 'learn.loss_func', func, 'one of class logits: soft targets are probabilities')
-        self.multi = isinstance(func, (nn.BCEWithLogitsLoss,timm.loss.BinaryCrossEntropy))
+        self.multi = isinstance(func, (nn.BCEWithLogitsLoss,timm.loss.BinaryCrossEntropy)) or func is F.binary_cross_entropy_with_logits
         self.teacher.to(next(self.model.parameters()).device)
         self._compare()
         self._ready = True

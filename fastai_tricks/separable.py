@@ -49,6 +49,7 @@ class DepthwiseSeparableConv(nn.Sequential):
             conv.bias is not None, m, norm, type(conv), device=w.device, dtype=w.dtype).train(conv.training)
         if conv.bias is not None: res.pointwise.bias.data.copy_(conv.bias.data)
         for p in res.parameters(): p.requires_grad_(w.requires_grad)
+        if conv.bias is not None: res.pointwise.bias.requires_grad_(conv.bias.requires_grad)
         return res
 
 # %% ../nbs/43_separable.ipynb #36a2d100

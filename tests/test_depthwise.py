@@ -400,3 +400,12 @@ def test_report(trained):
 @pytest.mark.parametrize('kw,word', [(dict(model='resnet18'), '`model`'), (dict(init='fit'), '`batches`'), (dict(n=0), '`n`'), (dict(select='x'), '`select`'), (dict(multiplier=0), '`multiplier`')])
 def test_report_bad_input(kw, word):
     with pytest.raises(ValueError, match=word): ft.depthwise_report(**{'model':timm.create_model('resnet10t'), **kw})
+
+def test_hooks_and_what_is_frozen_go_along():
+    conv,calls = nn.Conv2d(8,8,3),[]
+    conv.register_full_backward_hook(lambda *a: calls.append(1))
+    conv.weight.requires_grad_(False)
+    new = convert(nn.Sequential(conv), size=8)
+    new(torch.randn(1,8,8,8, requires_grad=True)).sum().backward()
+    assert calls==[1]
+    assert {n:p.requires_grad for n,p in new[0].named_parameters()}=={'depthwise.weight':False, 'pointwise.weight':False, 'pointwise.bias':True}

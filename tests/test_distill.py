@@ -187,3 +187,14 @@ def test_regression_has_no_soft_targets():
 def test_a_learner_may_teach():
     other = tiny_learner()
     assert ft.Distill(other).teacher is other.model
+
+def test_several_labels_by_a_function():
+    from torch.nn import functional as F
+    learn = tiny_learner()
+    cb = ft.Distill(tiny_learner().model)
+    for loss,multi in ((F.binary_cross_entropy_with_logits,True), (F.cross_entropy,False)):
+        learn.loss_func = loss
+        cb.learn = learn
+        learn.create_opt()
+        cb.before_fit(); cb.before_train()
+        assert cb.multi is multi
