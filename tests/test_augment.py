@@ -23,6 +23,7 @@ from fastai_tricks.all import AlbumentationsTfm, PILImageDraft, ProgressiveResiz
 from fastai_tricks.strength import at_strength
 from fastai_tricks.loader import at_ratio, size_set
 from fastai_tricks.test_utils import tiny_dls, tiny_learner
+from jpegs import jpeg, psnr, scales
 
 PHOTOS = [Image.fromarray(a) for a in load_sample_images().images]
 
@@ -235,22 +236,6 @@ def test_pipeline_given_is_not_touched():
     assert pickle.dumps(aug.py_random.getstate())==was and not aug.additional_targets and not aug.processors
 
 # Drafts -----------------------------------------------------------------------
-
-def jpeg(im, **kwargs):
-    buf = io.BytesIO()
-    im.save(buf, 'JPEG', **{'quality':92, **kwargs})
-    return buf.getvalue()
-
-def psnr(a, b):
-    a,b = (image2tensor(o).float() for o in (a, b))
-    return 10*math.log10(255**2/(a-b).pow(2).mean().clamp(min=1e-9).item())
-
-@pytest.fixture
-def scales(monkeypatch):
-    "The scales at which `PILImageDraft` decoded"
-    res,reduced = [],PILImageDraft.reduced
-    monkeypatch.setattr(PILImageDraft, 'reduced', lambda self, d: (res.append(d), reduced(self, d))[1])
-    return res
 
 AREA = dict(area_for_downscale='image')
 SIZED = {'resize':(A.Resize(64, 96, **AREA),30), 'smallest':(A.SmallestMaxSize(100, **AREA),30), 'smallest hw':(A.SmallestMaxSize(max_size_hw=(64,96), **AREA),30),

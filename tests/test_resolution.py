@@ -27,24 +27,9 @@ import fastai.torch_core, fastai.callback.schedule
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, Stage, find_bs
 from fastai_tricks.resolution import draft_scale
 from fastai_tricks.test_utils import tiny_dls, tiny_learner, sizes_seen
+from jpegs import jpeg, psnr, scales
 
 PHOTOS = [Image.fromarray(a) for a in load_sample_images().images]
-
-def jpeg(im, **kwargs):
-    buf = io.BytesIO()
-    im.save(buf, 'JPEG', **{'quality':92, **kwargs})
-    return buf.getvalue()
-
-def psnr(a, b):
-    a,b = (image2tensor(o).float() for o in (a, b))
-    return 10*math.log10(255**2/(a-b).pow(2).mean().clamp(min=1e-9).item())
-
-@pytest.fixture
-def scales(monkeypatch):
-    "The scales at which `PILImageDraft` decoded"
-    res,reduced = [],PILImageDraft.reduced
-    monkeypatch.setattr(PILImageDraft, 'reduced', lambda self, d: (res.append(d), reduced(self, d))[1])
-    return res
 
 def both(data, *tfms, split_idx=0):
     res = []
