@@ -1,5 +1,5 @@
 "`AlbumentationsTfm`, `albu_transforms`, `show_augs` and rising strength: what belongs on no page"
-import io, math, pickle, random, re, sys
+import pickle, random, re, sys
 from functools import partial
 import albumentations as A
 import numpy as np, pytest, torch
@@ -15,7 +15,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import get_random_states, set_seed
 from fastai.vision.augment import Flip, Resize, aug_transforms
-from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, TensorImage, TensorMask, TensorPoint, image2tensor
+from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, TensorImage, TensorMask, TensorPoint
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock
 from fasttransform import Pipeline
 import fastai.callback.schedule

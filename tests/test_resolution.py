@@ -1,5 +1,5 @@
 "`PILImageDraft` against `PILImage`, resizing in the loader, larger batches, `find_bs`"
-import copy, io, math, pickle, random
+import copy, pickle, random
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -21,7 +21,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai.vision.augment import CropPad, Flip, FlipItem, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, Resize, Rotate, aug_transforms
-from fastai.vision.core import PILImage, PILMask, TensorImage, TensorMask, image2tensor
+from fastai.vision.core import PILImage, PILMask, TensorImage, TensorMask
 from fastai.vision.data import ImageBlock, ImageDataLoaders, MaskBlock
 import fastai.torch_core, fastai.callback.schedule
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, Stage, find_bs
