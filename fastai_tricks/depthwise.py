@@ -9,6 +9,7 @@ __all__ = ['dense_convs', 'in_turn', 'layer_times', 'n_images', 'to_depthwise']
 
 # %% ../nbs/40_depthwise.ipynb #660fa961
 import inspect, math, statistics, time
+from collections import Counter
 from copy import deepcopy
 from contextlib import nullcontext
 from fastai.vision.all import *
@@ -33,10 +34,11 @@ def dense_convs(
     skip=(), # Names of layers, or of modules with all their layers, that stay
 )->dict: # For each name of a `Conv2d`: the layer, and why it cannot be converted ('' if it can)
     "The convolutions of a network"
-    skip = [skip] if isinstance(skip, str) else list(skip)
+    skip = [skip] if isinstance(skip, str) else list(skip or ())
     convs = {n:m for n,m in model.named_modules() if isinstance(m, nn.Conv2d) and not n.endswith(('.depthwise','.pointwise'))}
     if unknown := [o for o in skip if not any(_under(n, [o]) for n in convs)]: raise ValueError(f'`skip` must name convolutions or modules with some, not {unknown[0]!r}; the first are {", ".join(map(repr, list(convs)[:3]))}')
-    return {n:(m,_why_not(n, m, skip)) for n,m in convs.items()}
+    uses = Counter(id(m._parameters.get('weight')) for m in convs.values())
+    return {n:(m,_why_not(n, m, skip) or ('shares its weights with another' if uses[id(m.weight)]>1 else '')) for n,m in convs.items()}
 
 # %% ../nbs/40_depthwise.ipynb #7a24c02a
 def in_turn(
@@ -86,7 +88,12 @@ def n_images(
 
 def _images(batches, n):
     "The first `n` images of `batches`, as the model's inputs"
-    if isinstance(batches, Tensor): return (batches.as_subclass(Tensor)[:n or n_images(batches.shape[-2:])],)
+    accepted = 'float images `(n,c,h,w)`, or a loader of batches of them'
+    if isinstance(batches, Tensor):
+        _check(batches.ndim==4 and len(batches) and batches.is_floating_point(), 'batches', f'{tuple(batches.shape)} of {batches.dtype}', accepted)
+        return (batches.as_subclass(Tensor)[:n or n_images(batches.shape[-2:])],)
+    _check(hasattr(batches, '__iter__') and not isinstance(batches, DataLoaders), 'batches', type(batches), accepted)
+    if isinstance(batches, (tuple,list)): _check(len({o.ndim for o in batches if isinstance(o, Tensor)})<2, 'batches', 'a batch of images and targets', f'{accepted}: of a batch, its images')
     n_inp,xbs,have = getattr(batches, 'n_inp', 1),[],0
     for b in batches:
         xbs.append((b,) if isinstance(b, Tensor) else tuple(b[:n_inp]))
@@ -112,6 +119,7 @@ def _selected(convs, select):
     ok = [n for n,(_,why) in convs.items() if not why]
     if isinstance(select, str) and select in ('all','faster'): return ok
     if callable(select): return [n for n in ok if select(n, convs[n][0])]
+    _check(isinstance(select, str) or is_listy(select), 'select', select, "'all', 'faster', a function or names of convolutions")
     names = [select] if isinstance(select, str) else list(select)
     for o in names:
         if not any(_under(n, [o]) for n in convs): raise ValueError(f"`select` must be 'all', 'faster', a function or names of convolutions, not {o!r}; the first names are {', '.join(map(repr, ok[:3]))}")

@@ -292,7 +292,8 @@ class ProgressiveResize(Callback):
         within = any(abs(e*self.n_epoch - round(e*self.n_epoch))>1e-6 for e in ends)
         place = 'on the device' if not f.loader else 'in the loader, within an epoch on the device' if within else 'in the loader'
         tops = [self._size((i+1)/self.n_epoch - 1e-6, f.full) for i in range(self.n_epoch)]
-        less = f'; strength {self.strength[0]:g} to {self.strength[1]:g}' if self.strength else ''
+        ss = [strength_at(s, f.first, f.full, self.strength) for s in tops] if self.strength else []
+        less = f'; strength {ss[0]:.2g} to {ss[-1]:.2g}' if ss else ''
         batches = f"; batches of {', '.join(map(str, dict.fromkeys(self._bs(self.learn.dl, s) for s in tops)))}" if self.scale_bs else ''
         return f'ProgressiveResize: {then}, {place}{batches}{less}; about {full_share(sizes, f.full, until, self.hold):.0%} of full-size cost'
 

@@ -50,7 +50,7 @@ def _show(fig, cols, title=None):
     if title: fig.suptitle(title)
 
 def _check_n(**kwargs):
-    for k,v in kwargs.items(): _check(v is None or (_is_int(v) and v>0), k, v, 'a whole number, 1 or more')
+    for k,v in kwargs.items(): _check(_is_int(v) and v>0, k, v, 'a whole number, 1 or more')
 
 @patch
 def show_augs(self:DataLoaders,
@@ -68,7 +68,7 @@ def show_augs(self:Learner,
     k:int=None, # Augmentations of each at each size, a column each; default: about 6 in all
 ):
     "Show a few training images, each augmented several times; with a `ProgressiveResize`, at each size of its plan"
-    _check_n(n=n, k=k)
+    _check_n(n=n, k=1 if k is None else k)
     cb = first(self.cbs, risinstance(ProgressiveResize))
     if cb is None: return self.dls.show_augs(n, k or 6)
     full = image_size(self)

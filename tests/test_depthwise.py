@@ -409,3 +409,15 @@ def test_hooks_and_what_is_frozen_go_along():
     new(torch.randn(1,8,8,8, requires_grad=True)).sum().backward()
     assert calls==[1]
     assert {n:p.requires_grad for n,p in new[0].named_parameters()}=={'depthwise.weight':False, 'pointwise.weight':False, 'pointwise.bias':True}
+
+def test_convolutions_that_share_a_parameter_stay():
+    m = nn.Sequential(nn.Conv2d(8,8,3), nn.Conv2d(8,8,3), nn.Conv2d(8,8,3))
+    m[1].weight = m[0].weight
+    assert [why for _,why in D.dense_convs(m, skip=None).values()]==['shares its weights with another']*2 + ['']
+
+@pytest.mark.parametrize('bad', [torch.zeros(0,3,8,8), torch.zeros(2,3,8,8, dtype=torch.uint8), 5, (torch.zeros(2,3,8,8),torch.zeros(2))], ids=['none','bytes','number','images and targets'])
+def test_what_is_no_images_is_refused(bad):
+    with pytest.raises(ValueError, match='`batches` must be'): convert(nn.Sequential(nn.Conv2d(3,8,3), nn.Conv2d(8,8,3)), bad)
+
+def test_selecting_nothing_is_refused():
+    with pytest.raises(ValueError, match='`select` must be'): convert(nn.Sequential(nn.Conv2d(8,8,3)), select=None)
