@@ -421,3 +421,8 @@ def test_what_is_no_images_is_refused(bad):
 
 def test_selecting_nothing_is_refused():
     with pytest.raises(ValueError, match='`select` must be'): convert(nn.Sequential(nn.Conv2d(8,8,3)), select=None)
+
+@pytest.mark.parametrize('kwargs', [{}, {'select':'faster', 'min_gain':1e-3}], ids=['all','faster'])
+def test_no_hook_is_left(trained, kwargs):
+    new = convert(trained.model, D._training_images(trained, 16)[0], **kwargs)
+    assert seps(new) and not any(m._forward_hooks or m._forward_pre_hooks for m in [*new.modules(), *trained.model.modules()])
