@@ -1,6 +1,6 @@
 """What augmentation with albumentations costs, and what it is worth (tip 9)
 
-    python benchmarks/augment.py speed --data PATH       images/s on one core, from JPEG to tensor: the same operations by fastai and by albumentations, in turn
+    python benchmarks/augment.py speed --data PATH       images/s on one core, from JPEG to a batch: the same operations by fastai and by albumentations, in turn
     python benchmarks/augment.py accuracy --data PATH    fine-tuning without augmentation, with aug_transforms, with albu_transforms, with strength rising with the size
 
 PATH is a folder per class. Results are written after each run; a killed run goes on where it stopped.
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import albumentations as A
 import numpy as np
+import torch
 from PIL import Image
-from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, Pipeline, ToTensor, parent_label
+from fastai.callback.core import Callback, CancelValidException
+from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatTensor, Pipeline, ToTensor, parent_label
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai.vision.all import DihedralItem, FlipItem, ImageBlock, PILImage, RandomResizedCrop, Resize, ResizeMethod, aug_transforms, vision_learner
+from fastai.vision.all import DihedralItem, FlipItem, ImageBlock, PILImage, RandomResizedCrop, Resize, ResizeMethod, TensorImage, aug_transforms, vision_learner
 from fastai_tricks.all import AlbumentationsTfm, PILImageDraft, ProgressiveResize, albu_transforms, lite0_weights
 from common import environment, photos, write_results
 
@@ -33,21 +35,25 @@ def save(part, **res):
 
 def area(**kwargs): return dict(area_for_downscale='image', **kwargs) # Antialiased, as Pillow's resize is
 
-# The same operations: of fastai's item transforms, and of albumentations. fastai sorts its own: flips come before crops
+# The same operations: of fastai's item transforms (and of its batch transforms on the CPU), and of albumentations. fastai sorts its own: flips come before crops
 OPERATIONS = {
     'random crop, flip': (lambda n: [RandomResizedCrop(n, min_scale=.35), FlipItem()],
                           lambda n: [A.RandomResizedCrop(size=(n,n), scale=(.35,1), **area()), A.HorizontalFlip(p=.5)]),
     'random crop, dihedral': (lambda n: [RandomResizedCrop(n, min_scale=.35), DihedralItem()],
                               lambda n: [A.RandomResizedCrop(size=(n,n), scale=(.35,1), **area()), A.D4(p=1)]),
     'squish, flip': (lambda n: [Resize(n, ResizeMethod.Squish), FlipItem()],
-                     lambda n: [A.Resize(n, n, **area()), A.HorizontalFlip(p=.5)])}
+                     lambda n: [A.Resize(n, n, **area()), A.HorizontalFlip(p=.5)]),
+    'crop, flip, rotate, warp, lighting': (lambda n: [RandomResizedCrop(n, min_scale=.35)], lambda n: albu_transforms(n))}
+BATCH = {'crop, flip, rotate, warp, lighting': lambda: aug_transforms(max_zoom=1.)}
 
-def rate(cls, tfms, files):
-    "Images a second from file to tensor"
-    pipe = Pipeline([cls.create, *tfms, ToTensor()], split_idx=0)
-    pipe(files[0])
+def rate(cls, tfms, batch, files, bs=32):
+    "Images a second from file to a batch of floats"
+    pipe, batch = Pipeline([cls.create, *tfms, ToTensor()], split_idx=0), Pipeline([IntToFloatTensor(), *batch], split_idx=0)
+    def run(files):
+        for i in range(0, len(files), bs): batch(TensorImage(torch.stack([pipe(f) for f in files[i:i+bs]])))
+    run(files[:bs])
     began = time.perf_counter()
-    for f in files: pipe(f)
+    run(files)
     return len(files)/(time.perf_counter()-began)
 
 def enlarged(file, side):
@@ -65,8 +71,10 @@ def speed(a):
         data = [Path(f).read_bytes() for f in files] if side==160 else [enlarged(f, side) for f in files[:len(files)//(1 if side<2000 else 4)]]
         for name, (fastai, albu) in OPERATIONS.items():
             if any((r['side'], r['size'], r['operations'])==(side, size, name) for r in runs): continue
-            variants = {'fastai': (PILImage, fastai(size)), 'albumentations': (PILImage, [AlbumentationsTfm(albu(size))]),
-                        'fastai, draft': (PILImageDraft, fastai(size)), 'albumentations, draft': (PILImageDraft, [AlbumentationsTfm(albu(size))])}
+            def tfm(): return o if isinstance(o := albu(size), AlbumentationsTfm) else AlbumentationsTfm(o)
+            batch = BATCH.get(name, list)()
+            variants = {'fastai': (PILImage, fastai(size), batch), 'albumentations': (PILImage, [tfm()], []),
+                        'fastai, draft': (PILImageDraft, fastai(size), batch), 'albumentations, draft': (PILImageDraft, [tfm()], [])}
             got = {k: [] for k in variants}
             for i in range(a.rounds):
                 for k in list(variants)[i%4:] + list(variants)[:i%4]: got[k].append(rate(*variants[k], data))
@@ -88,13 +96,19 @@ def variants(size):
             'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64)),
             'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, strength=(.5,1.)))}
 
+class ValidateLast(Callback):
+    "Validate after the last epoch only"
+    order = -100 # Before anything is computed
+    def before_validate(self):
+        if self.epoch<self.n_epoch-1: raise CancelValidException()
+
 def train(name, seed, files, valid, a):
     item, batch, cbs = variants(a.size)[name]
     block = DataBlock((ImageBlock(PILImageDraft), CategoryBlock), get_y=parent_label, splitter=IndexSplitter(valid), item_tfms=item, batch_tfms=batch)
     set_seed(seed)
     learn = vision_learner(block.dataloaders(files, bs=a.bs, num_workers=0), 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
     set_seed(seed)
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(a.epochs, cbs=cbs() if cbs else None)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(a.epochs, cbs=[ValidateLast()] + ([cbs()] if cbs else []))
     return dict(variant=name, seed=seed, accuracy=float(learn.recorder.values[-1][2]), valid_loss=float(learn.recorder.values[-1][1]), train_loss=float(learn.recorder.values[-1][0]))
 
 def summary(runs, base='aug_transforms'):
@@ -132,13 +146,13 @@ def main():
     p.add_argument('--n', type=int, default=200, help='images for the speed')
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--variants', nargs='*')
-    p.add_argument('--classes', type=int, default=24)
+    p.add_argument('--classes', type=int, default=96)
     p.add_argument('--per-class', type=int, default=8)
-    p.add_argument('--valid-per-class', type=int, default=12)
-    p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--epochs', type=int, default=3)
+    p.add_argument('--valid-per-class', type=int, default=10)
+    p.add_argument('--seeds', type=int, default=5)
+    p.add_argument('--epochs', type=int, default=4)
     p.add_argument('--size', type=int, default=96)
-    p.add_argument('--bs', type=int, default=16)
+    p.add_argument('--bs', type=int, default=32)
     a = p.parse_args()
     (speed if a.part=='speed' else compare)(a)
 

@@ -77,18 +77,16 @@ def first_crop(
 # %% ../nbs/60_augment.ipynb #fefde72d
 _resamples = {0:Image.NEAREST, 2:Image.BICUBIC, 3:Image.HAMMING, 4:Image.LANCZOS, 6:Image.NEAREST} # cv2's numbers; of Pillow's filters, Hamming's comes nearest to cv2's area
 
-def _resample(t, part, out):
-    "Pillow's way to what `t` does"
-    smaller = part[2]-part[0]>out[0] or part[3]-part[1]>out[1]
-    return Image.HAMMING if t.area_for_downscale and smaller else _resamples.get(t.interpolation, Image.BILINEAR)
-
 def _undecoded(o): return isinstance(o, PILImageDraft) and o._jpeg is not None and o.size==o._whole
 
-def _cut(o, part, out, how):
-    "`part` of the image `o` resized to `out`"
-    if not _undecoded(o): return o.resize(out, how, box=part)
-    d = draft_scale((part[2]-part[0],part[3]-part[1]), out) if how!=Image.NEAREST else 1
-    return o.reduced(d).resize(out, how, box=tuple(p/d for p in part))
+def _cut(o, part, out, t):
+    "`part` of the image `o` resized to `out` as `t` does, an array; of a decode at a smaller scale by Pillow, which knows parts of pixels"
+    import cv2
+    side = part[2]-part[0],part[3]-part[1]
+    how = cv2.INTER_AREA if t.area_for_downscale and (side[0]>out[0] or side[1]>out[1]) else t.interpolation
+    d = draft_scale(side, out) if _undecoded(o) and how!=cv2.INTER_NEAREST else 1
+    if d>1: return np.asarray(o.reduced(d).resize(out, _resamples.get(how, Image.BILINEAR), box=tuple(p/d for p in part)))
+    return cv2.resize(np.asarray(o.crop(part)), out, interpolation=how)
 
 class AlbumentationsTfm(ItemTransform):
     "Apply an albumentations pipeline to images, masks, points and boxes of an item, all with the same randomness"
@@ -101,7 +99,7 @@ class AlbumentationsTfm(ItemTransform):
     ):
         super().__init__()
         self.train_aug,self.valid_aug = _check_aug('train_aug', train_aug),_check_aug('valid_aug', valid_aug)
-        self._made = {}
+        self._made,self._rngs = {},(np.random.Generator(np.random.PCG64()),random.Random())
 
     def setups(self, dl):
         for f in dl.after_item.fs:
@@ -120,20 +118,21 @@ class AlbumentationsTfm(ItemTransform):
     def _apply(self, aug, o):
         def at(kind): return [i for i,t in enumerate(o) if isinstance(t, kind)]
         masks,boxes = at(PILMask),at(TensorBBox)
-        images,points = [i for i in at(PILBase) if i not in masks],[i for i in at(TensorPoint) if i not in boxes]
+        images,points = [i for i in at(Image.Image) if i not in masks],[i for i in at(TensorPoint) if i not in boxes]
         if not images: return o
+        types = list(map(type, o))
+        for i in images:
+            if o[i].mode in _modes: o[i] = o[i].convert(_modes[o[i].mode]) # Else palette indices would be taken for colours
         was = size = o[images[0]].size
         if any(o[i].size!=size for i in images+masks):
             raise ValueError(f'images and masks of an item must be of one size for `AlbumentationsTfm`, not {[o[i].size for i in images+masks]}: put a `Resize` before it')
-        # Its own generators are copied by each worker: all would do the same. fastai seeds Python's, in each worker and epoch
-        seed = random.getrandbits(64)
-        rngs = np.random.default_rng(seed),random.Random(seed)
+        rngs = self._seeded()
         crop = None if boxes and _drops_small(aug) else self._first_crop(aug, [o[i] for i in images], rngs)
-        part,types = (0,0,*size),list(map(type, o)) # Cut, an image is one of Pillow's
+        part = 0,0,*size
         if crop:
             part,size = crop
-            for i in images: o[i] = _cut(o[i], part, size, _resample(aug.transforms[0], part, size))
-            for i in masks: o[i] = _cut(o[i], part, size, Image.NEAREST)
+            for i in images: o[i] = _cut(o[i], part, size, aug.transforms[0]) # An array
+            for i in masks: o[i] = o[i].resize(size, Image.NEAREST, box=part)
         names = ('image',images),('mask',masks)
         data = {_nth(nm, k):np.asarray(o[i]) for nm,ii in names for k,i in enumerate(ii)}
         xys = {i:self._to_pixels(o[i], was, part, size) for i in points+boxes}
@@ -144,7 +143,7 @@ class AlbumentationsTfm(ItemTransform):
         self._made[key].set_random_state(*rngs)
         res = self._made[key](force_apply=crop is not None, **data)
         for nm,ii in names:
-            for k,i in enumerate(ii): o[i] = types[i](_to_pil(res[_nth(nm, k)]))
+            for k,i in enumerate(ii): o[i] = _as_type(types[i], res[_nth(nm, k)])
         size,start = o[images[0]].size,0
         if points and len(res['keypoints'])!=len(data['keypoints']): raise ValueError(f"the pipeline must keep each point, but made {len(res['keypoints'])} of {len(data['keypoints'])}: {aug}")
         for i in points:
@@ -159,6 +158,14 @@ class AlbumentationsTfm(ItemTransform):
             if l is not None and len(o[l])==n: o[l] = o[l][TensorBase([j for j,_ in kept]).long()]
             start += n
         return o
+
+    def _seeded(self):
+        # A pipeline's own generators are copied by each worker: all would do the same. fastai seeds Python's, in each worker and epoch
+        rng,py = self._rngs
+        py.seed(random.getrandbits(64))
+        # A new `default_rng` would take longer than many a transform
+        rng.bit_generator.state = dict(bit_generator='PCG64', state=dict(state=random.getrandbits(128), inc=random.getrandbits(128)|1), has_uint32=0, uinteger=0)
+        return rng,py
 
     def _first_crop(self, aug, images, rngs):
         t = first(aug.transforms)
@@ -178,7 +185,10 @@ class AlbumentationsTfm(ItemTransform):
         return type(t)(xy*2/tensor(size).float() - 1, img_size=size) if self.scaled else type(t)(xy, img_size=getattr(t, 'img_size', None))
 
 def _nth(nm, k): return f'{nm}{k}' if k else nm
-def _to_pil(a): return Image.fromarray(a[...,0] if a.ndim==3 and a.shape[-1]==1 else a)
+_modes = {'P':'RGB', 'PA':'RGBA', 'CMYK':'RGB', 'YCbCr':'RGB', '1':'L'}
+def _as_type(cls, a):
+    im = Image.fromarray(a[...,0] if a.ndim==3 and a.shape[-1]==1 else a)
+    return cls(im) if issubclass(cls, PILBase) else im
 
 # %% ../nbs/60_augment.ipynb #7b84b147
 def _photo_augs(size, strength, min_scale, do_flip, flip_vert, max_rotate, max_warp, max_lighting, p_affine, p_lighting):

@@ -142,6 +142,11 @@ def items_batch(
         b = dl.do_batch([o for o in map(dl.do_item, idxs) if o is not None])
         return dl.after_batch(b if dl.device is None else to_device(b, dl.device))
 
+def _probabilities(loss, logits):
+    "What fastai's losses say, or PyTorch's mean"
+    f = getattr(loss, 'activation', None) or (torch.sigmoid if isinstance(loss, nn.BCEWithLogitsLoss) or loss is F.binary_cross_entropy_with_logits else partial(torch.softmax, dim=1))
+    return f(logits)
+
 @contextmanager
 def _kept_rng(dl):
     rng = getattr(dl, 'rng', None)
@@ -209,7 +214,7 @@ def show_cam(self:Learner,
     _check(targets=='pred' or all(t.ndim==0 for t in y), 'targets', targets, "'pred' where an image has several labels")
     maps = cam(x, [int(t) for t in y] if targets=='true' else None)
     imgs,pred = _shown(dl, x),cam.logits.argmax(1).cpu()
-    prob = getcallable(self.loss_func, 'activation')(cam.logits).cpu()
+    prob = _probabilities(self.loss_func, cam.logits).cpu()
     axs = get_grid(len(x), ncols=min(ncols, len(x)), figsize=figsize or (3.6*min(ncols, len(x)), 2.1*math.ceil(len(x)/ncols)))
     for ax,img,m,t,p,pr,true,said in zip(axs, imgs, maps.cpu(), y, pred, prob, _names(self.dls, y), _names(self.dls, pred)):
         show_image(np.concatenate([overlay(img, m, 0), overlay(img, m)], 1), ctx=ax)

@@ -111,7 +111,7 @@ def _random_images(model, size, bs=8):
     return (torch.randn(bs, c, *((size,size) if _is_int(size) else size), generator=torch.Generator().manual_seed(0)),)
 
 def _on(model, xb):
-    p = next(model.parameters())
+    p = next(model.parameters(), torch.zeros(()))
     return tuple(x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device) for x in xb)
 
 def _selected(convs, select):
@@ -255,7 +255,10 @@ def to_depthwise(self:Learner,
     **kwargs
 )->Learner: # `self`; the model it had stays as it is
     "Convert the model's dense convolutions to depthwise-separable ones that keep what they know"
-    kw = {k:v.default for k,v in inspect.signature(to_depthwise).parameters.items() if k in ('multiplier','select','skip','norm','size','min_gain')} | kwargs
+    kw = {k:v.default for k,v in inspect.signature(to_depthwise).parameters.items() if k in ('multiplier','select','skip','norm','size','min_gain')}
+    for k in kwargs:
+        if k not in kw: raise TypeError(f"to_depthwise() got an unexpected keyword argument '{k}'; it takes init, n, {', '.join(kw)}")
+    kw |= kwargs
     _check_args(self.model, init, kw['multiplier'], kw['size'], kw['min_gain'])
     _check(n is None or _is_int(n) and n>0, 'n', n, 'a whole number, 1 or more, or None')
     with keep_random(): xb = _training_images(self, n)

@@ -52,6 +52,32 @@ def test_flip_by_hand():
     assert l.tolist()==[1,2,3]
     assert [type(o) for o in (im,m,p,b,l,bw)]==[PILImage,PILMask,TensorPoint,TensorBBox,TensorMultiCategory,PILImageBW]
 
+def test_images_of_pillow():
+    "Not fastai's own type"
+    im = AlbumentationsTfm(A.HorizontalFlip(p=1))(Image.fromarray(pixels()), split_idx=0)
+    assert type(im) is Image.Image and np.array_equal(np.asarray(im), pixels()[:,::-1])
+
+@pytest.mark.parametrize('mode', ['P','CMYK','1','LA','RGBA'])
+def test_modes(mode):
+    "Colours are mixed, not indices of a palette"
+    im = Image.fromarray(pixels()).resize((20,20)).resize((80,50)).convert(mode)
+    res = AlbumentationsTfm(A.Resize(25, 40))((PILImage(im),), split_idx=0)[0]
+    want = A.Resize(25, 40)(image=np.asarray(im.convert({'P':'RGB','CMYK':'RGB','1':'L'}.get(mode, mode))))['image']
+    assert np.array_equal(np.asarray(res), want) and type(res) is PILImage
+
+@pytest.mark.parametrize('t', [lambda: A.RandomResizedCrop(size=(48,64), scale=(.3,1), area_for_downscale='image'), lambda: A.Resize(30, 40, interpolation=2, area_for_downscale='image'),
+                               lambda: A.SmallestMaxSize(150, area_for_downscale='image'), lambda: A.RandomResizedCrop(size=(48,64))])
+def test_as_albumentations_does(t):
+    "A decoded image, cut before it becomes an array, comes out as if albumentations had done it all"
+    tfm = AlbumentationsTfm([t(),A.HorizontalFlip(p=.5)])
+    for _ in range(5):
+        state = random.getstate()
+        got = tfm((PILImage.create(PHOTOS[0]),), split_idx=0)[0]
+        random.setstate(state)
+        whole = A.Compose([t(),A.HorizontalFlip(p=.5)])
+        whole.set_random_state(*tfm._seeded())
+        assert np.array_equal(np.asarray(got), whole(image=np.asarray(PHOTOS[0]))['image'])
+
 def test_crop_by_hand():
     im,m,p,b,l,bw = AlbumentationsTfm([A.Crop(30, 5, 80, 45)])(item(), split_idx=0)
     assert np.array_equal(np.asarray(im), pixels()[5:45,30:80]) and np.array_equal(np.asarray(m), pixels()[5:45,30:80,0]) and bw.size==(50,40)

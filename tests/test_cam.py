@@ -298,6 +298,15 @@ def test_show_cam_worst_first(learn):
     assert red==[bool(preds[i].argmax()!=targs[i]) for i in order]
     assert same(before, state(learn.model))
 
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.BCEWithLogitsLoss()])
+def test_show_cam_of_pytorchs_losses(learn, loss):
+    "Which have no `activation`"
+    learn.loss_func = loss
+    learn.show_cam(3, k='first')
+    logits = learn.model.eval()(items_batch(learn.dls.valid, range(3))[0]).detach()
+    p = logits.sigmoid() if isinstance(loss, nn.BCEWithLogitsLoss) else logits.softmax(1)
+    assert [t.split(' ')[-1] for t in titles()]==[f'{float(o.max()):.0%}' for o in p]
+
 def test_show_cam_others(learn):
     learn.show_cam(3, k='first')
     assert len(titles())==3 and np.abs(pictures()[0][:,:64].astype(int)-np.asarray(learn.dls.valid_ds[0][0])).max()<=1
