@@ -201,7 +201,8 @@ def _photo_augs(size, strength, min_scale, do_flip, flip_vert, max_rotate, max_w
     if flip_vert: train += [A.VerticalFlip(p=min(.5, s/2)),A.Transpose(p=min(.5, s/2))][:1+(h==w)]
     if max_rotate: train.append(A.Affine(rotate=(-s*max_rotate,s*max_rotate), border_mode=4, p=p(p_affine)))
     if max_warp: train.append(A.Perspective(scale=(0.,s*max_warp/4), p=p(p_affine)))
-    if max_lighting: train.append(A.RandomBrightnessContrast(brightness_limit=min(1., s*max_lighting), contrast_limit=min(1., s*max_lighting), p=p(p_lighting)))
+    # Photos change by it as much as by fastai's `Brightness` and `Contrast` of that magnitude
+    if max_lighting: train.append(A.RandomBrightnessContrast(brightness_limit=min(1., .3*s*max_lighting), contrast_limit=min(1., .6*s*max_lighting), p=p(p_lighting)))
     return train,[A.SmallestMaxSize(max_size_hw=(h,w), area_for_downscale='image'),A.CenterCrop(h, w)]
 
 class _PhotoTfm(AlbumentationsTfm):

@@ -385,6 +385,18 @@ def test_strength_is_monotone():
         return [1-crop.scale[0], crop.ratio[1], flip.p, affine.p, affine.rotate[1], warp.p, warp.scale[1], light.p, light.brightness_limit[1], light.contrast_limit[1]]
     for a,b in zip(map(numbers, (0,.3,.6)), map(numbers, (.3,.6,1.))): assert all(x<y for x,y in zip(a, b))
 
+def test_lighting_changes_photos_as_much_as_fastais():
+    "By brightness and contrast together, in the mean over many draws"
+    set_seed(0)
+    photos = [np.asarray(p.resize((48,48))) for p in PHOTOS]*40
+    x = TensorImage(np.stack(photos)).permute(0,3,1,2).float()/255
+    want = x
+    for t in aug_transforms(do_flip=False, max_rotate=0, max_warp=0, max_zoom=1.): want = t(want, split_idx=0)
+    light = albu_transforms(48).train_aug.transforms[-1]
+    got = torch.stack([torch.as_tensor(light(image=p)['image']) for p in photos]).permute(0,3,1,2).float()/255
+    change = [float((plain(o)-plain(x)).abs().mean()) for o in (got,want)]
+    assert .8<change[0]/change[1]<1.25, change
+
 def test_sides():
     for size in (33,(40,64),(64,40),[32,48]):
         tfm = albu_transforms(size, flip_vert=True)
