@@ -93,8 +93,11 @@ def variants(size):
     return {'none': (Resize(size), None, None),
             'aug_transforms': (Resize(size), aug_transforms(), None),
             'albu_transforms': (albu_transforms(size), None, None),
-            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64)),
-            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, strength=(.5,1.)))}
+            'albu_transforms(min_scale=.7)': (albu_transforms(size, min_scale=.7), None, None),
+            'albu_transforms, sizes cut': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=True)),
+            'albu_transforms, sizes cut, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=True, strength=(.5,1.))),
+            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False)),
+            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False, strength=(.5,1.)))}
 
 class ValidateLast(Callback):
     "Validate after the last epoch only"
