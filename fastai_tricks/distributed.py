@@ -34,7 +34,7 @@ def share_of(
         res += (b*n)[rank*each:(rank+1)*each]
     return res
 
-# %% ../nbs/31_distributed.ipynb #bdcca610
+# %% ../nbs/31_distributed.ipynb #bf2c8e5c
 @contextmanager
 def _own(o, **attrs):
     "Attributes of `o` alone, not of its class; afterwards it has those that it had"
@@ -102,22 +102,24 @@ class _ShareItems(_Shared):
     def before_train(self):
         self._share()
         # fastai's `save` writes in the main process alone; `lr_find` loads what there is, with a barrier
-        if hasattr(self.learn, 'lr_finder') and rank_distrib():
+        if hasattr(self.learn, 'lr_finder') and rank_distrib() and not self.epoch:
             torch.save(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict()), self.path/self.model_dir/self.lr_finder.tmp_p/'_tmp.pth')
     def before_validate(self): self._share()
     def after_train(self): self._close()
     def after_validate(self): self._close()
     def after_fit(self): self._close()
 
-    def after_pred(self):
+    def before_batch(self):
         if self.training or self._undo is None: return
         bs = num_distrib()*self.dl.bs
-        self._all_n = min(bs, self._n - self.iter*bs)
-        here,due = find_bs(self.xb),math.ceil(self._all_n/num_distrib())
+        self._whole = min(bs, self._n - self.iter*bs)
+        here,due = find_bs(self.xb),math.ceil(self._whole/num_distrib())
         if here!=due: raise RuntimeError(f'process {rank_distrib()} got {here} items instead of {due}: a loader must not leave any out')
-        self.learn.pred,self.learn.yb = apply(self._gather, (self.pred,self.yb))
 
-    def _gather(self, t): return maybe_gather(t.detach())[:self._all_n] if isinstance(t, Tensor) and t.ndim else t
+    def after_pred(self):
+        if not self.training and self._undo is not None: self.learn.pred,self.learn.yb = apply(self._gather, (self.pred,self.yb))
+
+    def _gather(self, t): return maybe_gather(t.detach())[:self._whole] if isinstance(t, Tensor) and t.ndim else t
 
     def _to_detach(self, b, cpu=True, gather=True):
         "In a validation all but the inputs is there already"
@@ -162,14 +164,14 @@ class _ShareModel(_Shared):
         if not self._within: self._close()
         self._within = False
 
-# %% ../nbs/31_distributed.ipynb #e9473b7a
+# %% ../nbs/31_distributed.ipynb #0b30bb00
 def _accelerate():
     try: import accelerate
     except ImportError as e: raise ImportError("Accelerate is needed: pip install 'fastai_tricks[distributed]'") from e
     return accelerate
 
 def join_processes(
-    cpu:bool=None, # Meet over gloo, on the CPU? Default: after `accelerate launch --cpu`, and where there is no CUDA device
+    cpu:bool=None, # Train on the CPU, and meet over gloo? Default: where there is no CUDA device
     timeout:float=600, # Seconds that one process waits for another before it gives up
     **kwargs # Passed to `accelerate.Accelerator`
 ): # An `Accelerator`; None in one process
@@ -178,7 +180,7 @@ def join_processes(
     _check(isinstance(timeout, (int,float)) and not isinstance(timeout, bool) and timeout>0, 'timeout', timeout, 'seconds, above 0')
     if num_distrib()<2: return
     accelerate,cuda = _accelerate(),torch.cuda.is_available()
-    if cpu is None: cpu = not cuda or str2bool(os.environ.get('ACCELERATE_USE_CPU', 'false'))
+    if cpu is None: cpu = not cuda
     _check(cpu or cuda, 'cpu', cpu, 'True or None, as there is no CUDA device')
     handlers = kwargs.pop('kwargs_handlers', None) or []
     if not any(isinstance(o, accelerate.InitProcessGroupKwargs) for o in handlers): handlers = [*handlers, accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
@@ -201,7 +203,7 @@ def accelerate_ctx(self:Learner,
         return
     acc = join_processes(cpu, timeout, **kwargs)
     if acc is None:
-        say(self, 'accelerate_ctx: one process, nothing to share; `accelerate launch --num_processes 2 script.py` starts two')
+        say(self, 'accelerate_ctx: one process, nothing to share; `accelerate launch --multi_gpu --num_processes 2 script.py` or `torchrun --nproc_per_node 2 script.py` start two')
         yield self
         return
     device,was = torch.device('cpu') if acc.device.type=='cpu' else acc.device,getattr(self.dls, 'device', None) # Accelerate says `cpu:0`, which no file can be loaded to

@@ -223,7 +223,7 @@ def run_fold(
         # What callbacks and `fit_stages` write is the fold's: another one's checkpoint must not be taken for it
         learn.path = out/f'fold-{k}'
         learn.path.mkdir(parents=True, exist_ok=True)
-        with _joined(learn), learn.no_bar(), learn.no_logging():
+        with learn.no_bar(), learn.no_logging(), _joined(learn):
             with learn.added_cbs(_ShowEpoch(progress, what)): fit(learn)
             progress.show(f'{what}, scores')
             with _with_activation(learn, folds.vocab is not None): preds,targs,scores = _score(learn)
