@@ -175,8 +175,8 @@ def climb(
     plans = [Folds(block_at(dblock.class_subset(n and ranked[:n], seed=seed), s), source, n_splits, groups, stratify, seed, bs, **kwargs) for n,s in zip(sizes, px)]
     dirs = [out/f'{i+1}-{n}-classes' for i,n in enumerate(ns)]
     full = vocab_order(dblock, ranked)
-    if test_items is not None: ids = _try_submission(plans[0], ks[0], test_items, ids, full, sample, submit or {})
     join_processes()
+    if test_items is not None: ids = on_main(_try_submission, plans[0], ks[0], test_items, ids, full, sample, submit or {})
     on_main(_clear, out, dirs, resume)
     belongs = [dict(rungs=ns[:i+1], fit=code_of(fit), make_learner=code_of(make_learner)) for i in range(len(ns))]
     records = on_main(_saved, plans, dirs, ks, resume, belongs, out)

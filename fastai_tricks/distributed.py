@@ -130,7 +130,7 @@ class _ShareItems(_Shared):
         # Who stops at a loss that is NaN stops in all processes
         self.learn.loss = maybe_gather(self.loss.detach().mean())
 
-# %% ../nbs/31_distributed.ipynb #d297dda6
+# %% ../nbs/31_distributed.ipynb #edb69cd5
 def _sync_bn(model):
     "Batch norm over the batch of all processes; returns what takes it back"
     was = [(m,n,bn) for m in model.modules() for n,bn in m.named_children() if isinstance(bn, nn.modules.batchnorm._BatchNorm) and not isinstance(bn, nn.SyncBatchNorm)]
@@ -156,11 +156,14 @@ class _ShareModel(_Shared):
         self._close()
         self._undo,model = ExitStack(),self.model
         if self.sync_bn: self._undo.callback(_sync_bn(model))
-        self._undo.callback(self.acc.free_memory)
+        self._undo.callback(getattr(self.acc, '_models', []).clear) # Its `free_memory` collects all garbage of the process too, which takes longer than a short fit
         self._undo.callback(lambda: setattr(self.learn, 'model', model))
         self.learn.model = self.acc.prepare_model(model)
 
     def after_fit(self):
+        if is_training(self.learn):
+            # Running means follow each process's own batches: those of the main one hold, as in a validation
+            for b in self.model.buffers(): torch.distributed.broadcast(b, 0)
         if not self._within: self._close()
         self._within = False
 

@@ -14,17 +14,16 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, Te
 from fastai.callback.training import GradientAccumulation
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter, RandomSplitter
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, params, rank_distrib, set_seed
 from fastai.vision.augment import Flip, Resize
-from fastai.vision.core import PILImage, TensorBBox
+from fastai.vision.core import PILImage
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
 import fastai.callback.schedule
 import fastai_tricks.all as ft
-from fastai_tricks.core import from_all
 from fastai_tricks.climb import climb
 from fastai_tricks.evaluate import cross_validate
 from fastai_tricks.stages import Stage
@@ -103,7 +102,7 @@ def check_fine_tune(folder):
 def check_resize(folder):
     res = {}
     for name,kwargs in dict(auto={}, device=dict(where='device'), batches=dict(scale_bs=True), crop=dict(crop=True)).items():
-        learn = learner(cbs=ft.ProgressiveResize(mult=8, **kwargs))
+        learn = learner(dls(n=64+N_VALID), cbs=ft.ProgressiveResize(mult=8, **kwargs))
         with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
             seen = Seen(learn)
             learn.fit(4)
@@ -235,13 +234,13 @@ def run_climb(folder, resume=True):
     def fit(learn): learn.fit_one_cycle(1, cbs=killed.killer())
     set_seed(int(time.time()*1000)%1000 + rank_distrib()) # Nothing may depend on where the random states begin
     db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
-    res = climb(climb_learner, db, list(range(72)), rungs=[2,(4,24),None], fit=fit, n_splits=2, test_items=list(range(100, 110)), ids=[f'{i}.jpg' for i in range(10)], out=folder/'climb', bs=bs(4), num_workers=0, device='cpu', resume=resume)
+    res = climb(climb_learner, db, list(range(72)), rungs=[2,(None,24)], fit=fit, n_splits=2, test_items=list(range(100, 105)), ids=[f'{i}.jpg' for i in range(5)], out=folder/'climb', bs=bs(4), num_workers=0, device='cpu', resume=resume)
     torch.save(dict(table=res.table.drop(columns=['seconds','submission']), oof=[cv.oof for cv in res.cvs], csv=res.table.submission.iloc[-1].read_text()), folder/f'final-{rank_distrib()}.pth')
 
 def run_cv(folder, resume=True):
     def fit(learn): learn.fit_one_cycle(1, cbs=killed.killer())
     db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
-    cv = cross_validate(climb_learner, db, list(range(72)), n_splits=3, fit=fit, out=folder/'cv', bs=bs(8), num_workers=0, device='cpu', resume=resume)
+    cv = cross_validate(climb_learner, db, list(range(72)), n_splits=2, fit=fit, out=folder/'cv', bs=bs(8), num_workers=0, device='cpu', resume=resume)
     torch.save(dict(table=cv.scores.drop(columns='seconds'), oof=cv.oof, test=cv.predict(list(range(5)))), folder/f'final-{rank_distrib()}.pth')
 
 RUNS = dict(stages=run_stages, climb=run_climb, cv=run_cv)
