@@ -1,4 +1,4 @@
-"""`with learn.accelerate_ctx():`
+"""`with learn.accelerate_ctx():` one training in two or more processes, on GPUs or on the CPU, and what it takes to feed them
 
 Docs: https://fastai-tricks.github.io/fastai_tricks/distributed.html.md"""
 

@@ -1,10 +1,11 @@
 "Two real processes on the CPU: the same as one in every result, files of one, and an end where one is killed"
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.learner import load_learner
 import fastai_tricks.distributed as ds
+from fastai_tricks.sample import sample_images
 from fastai_tricks.test_utils import tiny_learner
 import distributed_run as run
 from distributed_run import CHECKS, N_VALID, free_port
@@ -21,9 +22,11 @@ def environ(**kwargs):
 def torchrun(port): return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', str(port)]
 def accelerate(port): return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]
 
-def started(*args, launcher=torchrun, timeout=180):
-    r = subprocess.run([*launcher(free_port()), str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=timeout, env=environ())
+def started(*args, script=SCRIPT, timeout=180):
+    "What two processes printed"
+    r = subprocess.run([*torchrun(free_port()), str(script), *map(str, args)], capture_output=True, text=True, timeout=timeout, env=environ())
     assert r.returncode==0, (r.stdout + r.stderr)[-4000:]
+    return r.stdout
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -198,6 +201,17 @@ def test_without_a_launcher_the_other_process_gives_up(tmp_path, how):
         for p in ps:
             p.kill()
             p.communicate()
+
+def test_script_of_the_tutorial(tmp_path):
+    "Twice: the second run finds all done and loads the weights"
+    for c in sorted(p for p in sample_images().iterdir() if p.is_dir())[:3]:
+        (tmp_path/'data'/c.name).mkdir(parents=True)
+        for f in sorted(c.iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c.name)
+    script = Path(__file__).parents[1]/'nbs'/'tutorials'/'train_2gpu.py'
+    said = [started('--cpu', '--small', '--data', tmp_path/'data', '--out', tmp_path/'out', script=script) for _ in range(2)]
+    ends = [s[s.index('accuracy on the whole'):] for s in said]
+    assert ends[0]==ends[1] and 'nothing is trained' in said[1] and 'nothing is trained' not in said[0]
+    assert (tmp_path/'out'/'model.pkl').exists()
 
 def test_one_process_says_so_and_changes_nothing(capsys):
     learn = tiny_learner()
