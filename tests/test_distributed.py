@@ -187,14 +187,13 @@ def alive(pid):
     try: return Path(f'/proc/{pid}/stat').read_text().split(')')[1].split()[0] not in 'ZX'
     except FileNotFoundError: return False
 
-@pytest.mark.parametrize('how', [signal.SIGKILL,signal.SIGSTOP], ids=lambda s: s.name)
-def test_without_a_launcher_the_other_process_gives_up(tmp_path, how):
-    "A connection that is cut is seen at once, a process that only stands still after `timeout`"
+def test_without_a_launcher_one_that_stands_still_is_waited_for_until_timeout(tmp_path):
+    "One that is killed is noticed at once: in `distributed_run.pair` nothing watches the two"
     env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WAIT='4')
     ps = [subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path), 'forever'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ(RANK=str(r), LOCAL_RANK=str(r), **env)) for r in range(2)]
     try:
         wait_for(lambda: all((tmp_path/f'{r}.ready').exists() for r in range(2)), ps[0])
-        ps[1].send_signal(how)
+        ps[1].send_signal(signal.SIGSTOP)
         assert ps[0].wait(60)!=0
         assert 'RuntimeError' in ps[0].stderr.read()
     finally:
@@ -203,15 +202,12 @@ def test_without_a_launcher_the_other_process_gives_up(tmp_path, how):
             p.communicate()
 
 def test_script_of_the_tutorial(tmp_path):
-    "Twice: the second run finds all done and loads the weights"
     for c in sorted(p for p in sample_images().iterdir() if p.is_dir())[:3]:
         (tmp_path/'data'/c.name).mkdir(parents=True)
         for f in sorted(c.iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c.name)
     script = Path(__file__).parents[1]/'nbs'/'tutorials'/'train_2gpu.py'
-    said = [started('--cpu', '--small', '--data', tmp_path/'data', '--out', tmp_path/'out', script=script) for _ in range(2)]
-    ends = [s[s.index('accuracy on the whole'):] for s in said]
-    assert ends[0]==ends[1] and 'nothing is trained' in said[1] and 'nothing is trained' not in said[0]
-    assert (tmp_path/'out'/'model.pkl').exists()
+    said = started('--cpu', '--small', '--data', tmp_path/'data', '--out', tmp_path/'out', script=script)
+    assert said.count('accuracy on the whole validation set')==1 and (tmp_path/'out'/'model.pkl').exists()
 
 def test_one_process_says_so_and_changes_nothing(capsys):
     learn = tiny_learner()
