@@ -34,7 +34,7 @@ def share_of(
         res += (b*n)[rank*each:(rank+1)*each]
     return res
 
-# %% ../nbs/31_distributed.ipynb #bf2c8e5c
+# %% ../nbs/31_distributed.ipynb #c1d6e8e2
 @contextmanager
 def _own(o, **attrs):
     "Attributes of `o` alone, not of its class; afterwards it has those that it had"
@@ -93,7 +93,7 @@ class _ShareItems(_Shared):
     def _share(self):
         self._close()
         dl = self.dl
-        if not isinstance(dl, DataLoader): return # Such as the single batch of `summary`
+        if is_listy(dl): return # The single batch of `summary`
         _check_loader(dl, 'dl')
         self._undo,self._n = ExitStack(),_n_items(dl)
         self._undo.enter_context(_own(dl, get_idxs=MethodType(_Share(dl, self.acc.device), dl), **{k:_part(v, dl.drop_last) for k,v in _sizes(dl).items()}))
