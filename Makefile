@@ -31,6 +31,7 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, d
 	$(PY) benchmarks/cam.py speed
 	for part in convert recover speed; do $(PY) benchmarks/depthwise.py $$part; done
 	$(PY) benchmarks/subset.py
+	for part in '' --decode; do $(PY) benchmarks/distributed.py $$part; done
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/precision.py accuracy --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/warmup.py --data "$(DATA)")

@@ -11,7 +11,7 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
            'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
            'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
-           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms']
+           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes']
 
 # %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head, fastai_tricks.show_augs
@@ -22,6 +22,7 @@ from .climb import Climb, accuracy_on, climb
 from .depthwise import to_depthwise
 from .depthwise_report import depthwise_report, plot_depthwise
 from .distill import Distill
+from .distributed import host_cores_needed, join_processes
 from .evaluate import CrossValidation, cross_validate
 from .files import resized_copies, skip_corrupt, CorruptImagesError
 from .precision import ChannelsLastBatch, DeviceMixedPrecision
@@ -41,4 +42,4 @@ _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'ski
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
          'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on',
-         'AlbumentationsTfm', 'albu_transforms']
+         'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes']

@@ -12,7 +12,8 @@ import shutil
 from types import MethodType
 from fastai.vision.all import *
 import fastai_tricks.head
-from .core import _check, _is_int, peek
+from .core import _check, _is_int, is_main, on_main, peek
+from .distributed import join_processes
 from .evaluate import CrossValidation, fine_tune_4
 from .folds import Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count, code_of, fold_learner, fold_tests, run_fold, saved_record
 from .labels import _rebind, take, vocab_order
@@ -108,6 +109,12 @@ def _try_submission(plan, k, items, ids, full, sample, submit):
     except Exception as e: raise ValueError(f'`test_items` must be items that `dblock` can read; the first fails with {type(e).__name__}: {e}') from e
     return ids
 
+def _clear(out, dirs, resume):
+    "Make way for a new run, or refuse to mix two"
+    for d in [] if not out.exists() else [d for d in out.iterdir() if re.fullmatch(r'\d+-\d+-classes', d.name)]:
+        if not resume: shutil.rmtree(d)
+        elif d not in dirs and int(d.name.split('-')[0])<=len(dirs): raise ValueError(f'{str(out)!r} holds the rung {d.name!r} of another ladder. Choose another `out`, or start anew with resume=False')
+
 def _saved(plans, dirs, ks, resume, belongs, out):
     "The records that are there, a dict a rung; all are looked at before anything is trained"
     res = [{k:r for k in ks if (r := saved_record(p, k, d, resume, b, out))} for p,d,b in zip(plans, dirs, belongs)]
@@ -168,26 +175,25 @@ def climb(
     plans = [Folds(block_at(dblock.class_subset(n and ranked[:n], seed=seed), s), source, n_splits, groups, stratify, seed, bs, **kwargs) for n,s in zip(sizes, px)]
     dirs = [out/f'{i+1}-{n}-classes' for i,n in enumerate(ns)]
     full = vocab_order(dblock, ranked)
-    if test_items is not None: ids = _try_submission(plans[0], ks[0], test_items, ids, full, sample, submit or {})
-    for d in [] if not out.exists() else [d for d in out.iterdir() if re.fullmatch(r'\d+-\d+-classes', d.name)]:
-        if not resume: shutil.rmtree(d)
-        elif d not in dirs and int(d.name.split('-')[0])<=len(dirs): raise ValueError(f'{str(out)!r} holds the rung {d.name!r} of another ladder. Choose another `out`, or start anew with resume=False')
+    join_processes()
+    if test_items is not None: ids = on_main(_try_submission, plans[0], ks[0], test_items, ids, full, sample, submit or {})
+    on_main(_clear, out, dirs, resume)
     belongs = [dict(rungs=ns[:i+1], fit=code_of(fit), make_learner=code_of(make_learner)) for i in range(len(ns))]
-    records = _saved(plans, dirs, ks, resume, belongs, out)
+    records = on_main(_saved, plans, dirs, ks, resume, belongs, out)
     n,res = sum(map(len, records)),Climb()
-    print(f'climb: {_count(len(plans), "rung")} of {", ".join(map(str, ns))} classes, {_count(len(ks), "fold")}, {_count(len(plans)*len(ks), "fit")}' + (f'; {n} already done in {out.name!r} (resume=False starts anew)' if n else ''), flush=True)
+    if is_main(): print(f'climb: {_count(len(plans), "rung")} of {", ".join(map(str, ns))} classes, {_count(len(ks), "fold")}, {_count(len(plans)*len(ks), "fit")}' + (f'; {n} already done in {out.name!r} (resume=False starts anew)' if n else ''), flush=True)
     progress = Progress([len(p.splits[k][0])*((s or 1)**2) for p,s in zip(plans, px) for k in ks])
     for i,(plan,d,size) in enumerate(zip(plans, dirs, px)):
         _climb_rung(plan, plans[i-1] if i else None, d, dirs[i-1], ks, make_learner, fit, records[i], records[i-1], progress, f'rung {i+1}/{len(plans)}, {ns[i]} classes', test_items, tta, belongs[i])
         cv,file = CrossValidation(plan, records[i], make_learner, d),None
         if test_items is not None:
             preds = torch.stack([fold_tests(records[i][k], d/f'fold-{k}-test.pth', test_items, tta, lambda: cv.learner(k)) for k in ks]).mean(0)
-            file = write_submission(all_columns(preds, plan.vocab, full), ids, full, d/'submission.csv', sample, **(submit or {}))
+            file = on_main(write_submission, all_columns(preds, plan.vocab, full), ids, full, d/'submission.csv', sample, **(submit or {}))
         res.add(cv, plans[0].vocab, size, file)
         if min_gain is not None and i and i+1<len(plans):
             gain = res.rows[-1]['first_accuracy'] - res.rows[-2]['first_accuracy']
             if gain<min_gain:
                 res.stopped = f'Stopped after rung {i+1} of {len(plans)}: the accuracy on the first {ns[0]} classes changed by {gain:+.3f}, less than min_gain={min_gain}.'
-                print(res.stopped)
+                if is_main(): print(res.stopped)
                 break
     return res

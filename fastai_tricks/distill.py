@@ -96,8 +96,8 @@ class Distill(Callback):
         with keep_random(), evaluating(self.model):
             b = peek(self.dls.train)
             self.learn.xb = _cast_tensor(tuple(to_device(b[:getattr(self.dls, 'n_inp', max(1, len(b)-1))], next(self.model.parameters()).device)))
-            grabs = [_Grab(_layer(self.model, n, 'the model')) for n in self.features]
-            try: mine,(theirs,feats) = self.model(*self.xb),self._teach()
+            grabs = [_Grab(_layer(get_model(self.model), n, 'the model')) for n in self.features]
+            try: mine,(theirs,feats) = get_model(self.model)(*self.xb),self._teach()
             finally:
                 for g in grabs: g.handle.remove()
                 del self.learn.xb
@@ -107,7 +107,7 @@ class Distill(Callback):
 
     def before_batch(self):
         self._drop()
-        self._grabs = [_Grab(_layer(self.model, n, 'the model')) for n in self.features]
+        self._grabs = [_Grab(_layer(get_model(self.model), n, 'the model')) for n in self.features]
     def _drop(self):
         for g in self._grabs: g.handle.remove()
         self._grabs = []

@@ -11,7 +11,8 @@ __all__ = ['CrossValidation', 'confused_pairs', 'plot_oof', 'fine_tune_4', 'cros
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, confusion_matrix
 from fastai.vision.all import *
-from .core import _check
+from .core import _check, is_main, on_main
+from .distributed import join_processes
 from .folds import Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count, _predict, code_of, fold_learner, forget_folds, run_fold, saved_record
 
 # %% ../nbs/21_evaluate.ipynb #b6f2663e
@@ -137,10 +138,11 @@ def cross_validate(
     _check_kwargs(dblock, kwargs, cross_validate)
     plan,out = Folds(dblock, source, n_splits, groups, stratify, seed, bs, **kwargs),Path(out).absolute()
     ks,code = list(range(n_splits) if folds is None else map(int, folds)),dict(fit=code_of(fit), make_learner=code_of(make_learner))
-    if not resume: forget_folds(out)
-    records = {k:saved_record(plan, k, out, resume, code, out) for k in ks}
+    join_processes()
+    if not resume: on_main(forget_folds, out)
+    records = on_main(lambda: {k:saved_record(plan, k, out, resume, code, out) for k in ks})
     n = sum(r is not None for r in records.values())
-    print(f'cross_validate: {_count(len(ks), "fit")} of {_count(len(plan.splits[0][0]), "image")}' + (f', {_count(len(plan.vocab), "class", "es")}' if plan.vocab else '') + (f'; {n} already done' if n else '') + f'; files in {out.name!r}', flush=True)
+    if is_main(): print(f'cross_validate: {_count(len(ks), "fit")} of {_count(len(plan.splits[0][0]), "image")}' + (f', {_count(len(plan.vocab), "class", "es")}' if plan.vocab else '') + (f'; {n} already done' if n else '') + f'; files in {out.name!r}', flush=True)
     progress = Progress([len(plan.splits[k][0]) for k in ks])
     for k in ks:
         if records[k]: progress.next(ran=False)

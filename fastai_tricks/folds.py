@@ -10,11 +10,13 @@ __all__ = ['fold_splits', 'Folds', 'Progress', 'fold_learner', 'fold_tests', 'ru
 
 # %% ../nbs/25_folds.ipynb #c830761c
 import difflib, gc, inspect, shutil, uuid, zlib
+from contextlib import nullcontext
 from types import CodeType
 from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from fastai.vision.all import *
-from .core import _check, _is_int, _plain, is_training, keep_random, save_whole
+from .core import _check, _is_int, _plain, is_main, is_training, keep_random, on_main, save_whole
+import fastai_tricks.distributed # For `Learner.accelerate_ctx`
 from .labels import ItemLabels, _check_items, _few, _target, all_classes, fixed_block, stable_splits, take, vocab_order
 
 # %% ../nbs/25_folds.ipynb #9ac3e271
@@ -114,7 +116,7 @@ class Progress:
     "One bar for many fits: what is being done, and how long all that is left will take"
     def __init__(self,
         costs:list, # Of each fit, in any unit
-    ): self.costs,self.done,self.ran,self.bar = costs,0,0,progress_bar(range(len(costs)))
+    ): self.costs,self.done,self.ran,self.bar = costs,0,0,progress_bar(range(len(costs)), display=is_main())
 
     def show(self, comment):
         if not self.done and self.bar.last_v is None: self.bar.update(0)
@@ -132,7 +134,7 @@ class Progress:
         else: self.bar.start_t = time.time() if not self.ran else self.bar.start_t
         self.done,self.began,self.bar.comment = self.done+1,time.time(),''
         self.bar.update(self.done)
-        if self.done==len(self.costs) and isinstance(self.bar, ConsoleProgressBar): print()
+        if self.done==len(self.costs) and isinstance(self.bar, ConsoleProgressBar) and is_main(): print()
 
 class _ShowEpoch(Callback):
     "Tell the progress line which epoch is done"
@@ -164,8 +166,12 @@ def _score(learn):
     preds,targs = to_cpu(act(cb.preds)).as_subclass(Tensor),to_cpu(cb.targets).as_subclass(Tensor)
     return preds.float(),targs,dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, scores)))
 
+def _joined(learn):
+    "Of several processes each does its part"
+    return learn.accelerate_ctx() if num_distrib()>1 else nullcontext()
+
 def _predict(learn, items, tta, categories):
-    with keep_random(), learn.no_bar(), learn.no_logging(), _with_activation(learn, categories):
+    with keep_random(), learn.no_bar(), learn.no_logging(), _with_activation(learn, categories), _joined(learn):
         dl = learn.dls.test_dl(items, num_workers=learn.dls.train.num_workers)
         res = learn.tta(dl=dl, **({} if tta is True else dict(n=tta)))[0] if tta else learn.get_preds(dl=dl)[0]
     return to_cpu(res).as_subclass(Tensor).float()
@@ -188,9 +194,14 @@ def fold_tests(
 )->Tensor: # `(n,c)`
     "Predictions of test items by one fold, once"
     belongs = dict(id=record['id'], items=_crc(items), tta=int(tta))
-    saved = torch.load(file, weights_only=True) if file.exists() else {}
-    if saved.get('belongs')!=belongs: saved = torch.load(save_whole(dict(belongs=belongs, preds=_predict(learner(), items, tta, categories)), file), weights_only=True)
-    return saved['preds']
+    def saved():
+        res = torch.load(file, weights_only=True) if file.exists() else {}
+        return res['preds'] if res.get('belongs')==belongs else None
+    preds = on_main(saved)
+    if preds is None:
+        preds = _predict(learner(), items, tta, categories)
+        on_main(save_whole, dict(belongs=belongs, preds=preds), file)
+    return preds
 
 def run_fold(
     folds:Folds, # What to train on
@@ -212,14 +223,18 @@ def run_fold(
         # What callbacks and `fit_stages` write is the fold's: another one's checkpoint must not be taken for it
         learn.path = out/f'fold-{k}'
         learn.path.mkdir(parents=True, exist_ok=True)
-        with learn.no_bar(), learn.no_logging(), learn.added_cbs(_ShowEpoch(progress, what)): fit(learn)
-        progress.show(f'{what}, scores')
-        with learn.no_bar(), learn.no_logging(), _with_activation(learn, folds.vocab is not None): preds,targs,scores = _score(learn)
+        with learn.no_bar(), learn.no_logging(), _joined(learn):
+            with learn.added_cbs(_ShowEpoch(progress, what)): fit(learn)
+            progress.show(f'{what}, scores')
+            with _with_activation(learn, folds.vocab is not None): preds,targs,scores = _score(learn)
         if len(preds)!=len(folds.splits[k][1]): raise ValueError(f'`dblock` must give an image for each validation item; fold {k} has {len(folds.splits[k][1])} items and {len(preds)} predictions')
-        rec = dict(id=uuid.uuid4().hex, belongs=folds.belongs(k) | (belongs or {}), preds=preds, targs=targs, scores=scores, train=len(folds.splits[k][0]), valid=len(preds), seconds=time.time()-began)
-        save_whole(get_model(learn.model).state_dict(), out/f'fold-{k}.pth')
-        save_whole(_plain(rec), out/f'fold-{k}-oof.pth')
-        if not any(learn.path.iterdir()): learn.path.rmdir()
+        def save():
+            rec = dict(id=uuid.uuid4().hex, belongs=folds.belongs(k) | (belongs or {}), preds=preds, targs=targs, scores=scores, train=len(folds.splits[k][0]), valid=len(preds), seconds=time.time()-began)
+            save_whole(get_model(learn.model).state_dict(), out/f'fold-{k}.pth')
+            save_whole(_plain(rec), out/f'fold-{k}-oof.pth')
+            if not any(learn.path.iterdir()): learn.path.rmdir()
+            return rec
+        rec = on_main(save)
         if test_items is not None:
             progress.show(f'{what}, test images')
             fold_tests(rec, out/f'fold-{k}-test.pth', test_items, tta, lambda: learn, folds.vocab is not None)

@@ -8,11 +8,11 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/stages.html.md"""
 __all__ = ['Stage']
 
 # %% ../nbs/12_stages.ipynb #4f088408
-import time, zlib
+import time
 from dataclasses import asdict, dataclass, replace
 import pandas as pd
 from fastai.vision.all import *
-from .core import get_state, set_state, is_training, say, save_whole, swapped, _plain, _check, _is_int
+from .core import get_state, set_state, is_training, named_items, on_main, say, save_whole, swapped, _plain, _check, _is_int
 from .resize import ProgressiveResize, image_size, full_share, scaled_bs, _shorter, _px
 
 # %% ../nbs/12_stages.ipynb #2fbc8e5e
@@ -73,16 +73,6 @@ class _LogEpochs(Callback):
         s.n += 1
 
 # %% ../nbs/12_stages.ipynb #3ba28092
-def _named_items(dl):
-    "How many items, and which: another split of the same images is another training"
-    items = getattr(dl.dataset, 'items', None)
-    if isinstance(items, pd.DataFrame): which = int(pd.util.hash_pandas_object(items.astype(str), index=False).sum()) & 0xffffffff
-    else:
-        # Folder and name alone: the data may have moved
-        names = ['/'.join(Path(o).parts[-2:]) if isinstance(o, (str,Path)) else str(o) if isinstance(o, (int,np.integer)) else '' for o in ([] if items is None else items)]
-        which = zlib.crc32('\n'.join(names).encode())
-    return f'{len(dl.dataset)} items ({which:08x})'
-
 def _belongs_to(learn, stages):
     "What must be the same for a checkpoint to be taken up"
     opt = learn.opt.opt if isinstance(learn.opt, OptimWrapper) else learn.opt
@@ -92,7 +82,7 @@ def _belongs_to(learn, stages):
         architecture=[[k, list(v.shape)] for k,v in get_model(learn.model).state_dict().items()],
         optimizer=[type(opt).__name__, *steps, f'{len(learn.opt.hypers)} parameter groups'],
         stages=[[f'{k}={name(v)}' for k,v in asdict(s).items()] for s in stages],
-        data=[_named_items(dl) for dl in learn.dls.loaders if hasattr(dl, 'dataset')])
+        data=[named_items(dl) for dl in learn.dls.loaders if hasattr(dl, 'dataset')])
 
 def _refuse_other(file, there, here):
     "Raise where the checkpoint in `file` belongs to something else"
@@ -120,12 +110,13 @@ def _check_stages(learn, stages, fit, full):
     _check(fit in _fits or callable(fit), 'fit', fit, _fits_accepted)
     stages = [replace(s, fit=s.fit or fit) for s in stages]
     dl = learn.dls.train
+    n = getattr(dl, 'n', 0)//max(1, num_distrib())
     for s in stages:
         _check(all(o<=f for o,f in zip(_hw(s.size, full), full)), 'size', s.size, f'no larger than what the training loader gives, {_px(full)} pixels')
         _check(s.fit=='fine_tune' or not s.freeze_epochs, 'freeze_epochs', s.freeze_epochs, "0 where `fit` is not 'fine_tune'")
         _check(s.bs is None or hasattr(dl, 'fake_l'), 'bs', s.bs, 'left out with PyTorch loaders')
-        if s.bs=='pixels': s.bs = scaled_bs(dl.bs, _hw(s.size, full), full, dl.n, drop_last=dl.drop_last)
-        _check(s.bs is None or not dl.drop_last or s.bs<=dl.n, 'bs', s.bs, f'at most the {dl.n} training items, as `drop_last` is set')
+        if s.bs=='pixels': s.bs = scaled_bs(dl.bs, _hw(s.size, full), full, n, drop_last=dl.drop_last)
+        _check(s.bs is None or not dl.drop_last or s.bs<=n, 'bs', s.bs, f'at most the {n} training items' + ' of a process'*(num_distrib()>1) + ', as `drop_last` is set')
     return stages
 
 def _hw(size, full): return size if isinstance(size, tuple) else _shorter(full, size, 1)
@@ -159,7 +150,7 @@ def fit_stages(self:Learner,
     folder,belongs = self.path/self.model_dir,_plain(_belongs_to(self, stages))
     file = folder/f'{name}.pth'
     at = dict(stage=0, log=[], seconds=0., rows=[])
-    if file.exists():
+    if on_main(file.exists):
         saved = torch.load(file, map_location=next(self.model.parameters()).device, weights_only=True)
         _refuse_other(file, saved['belongs_to'], belongs)
         if resume:
@@ -169,7 +160,9 @@ def fit_stages(self:Learner,
     if self.cbs.filter(risinstance(ProgressiveResize)): say(self, 'fit_stages: the stages say the size, `ProgressiveResize` is set aside')
 
     rows = at['rows']
-    def save(**kwargs): save_whole(dict(belongs_to=belongs, rows=rows, state=get_state(self), **kwargs), file)
+    def save(**kwargs):
+        state = get_state(self)
+        on_main(save_whole, dict(belongs_to=belongs, rows=rows, state=state, **kwargs), file)
     # The stages say the size: any `ProgressiveResize` has to wait
     with swapped(self, 'cbs', self.cbs.filter(risinstance(ProgressiveResize), negate=True)):
         for i in range(at['stage'], len(stages)):
@@ -179,7 +172,7 @@ def fit_stages(self:Learner,
             saver = _SaveEpochs(lambda learn, log: save(stage=i, log=log, seconds=time.time()-began), now['state'] if log else None, log)
             with swapped(self.dls.train, 'bs', s.bs or self.dls.train.bs), self.added_cbs([_TrainAt(s.size), saver, _LogEpochs(saver), *L(cbs).filter(risinstance(ProgressiveResize), negate=True)]):
                 _fit_stage(self, s)
-            weights = save_whole(get_model(self.model).state_dict(), folder/f'{name}-{i+1}-{_px(_hw(s.size, full))}px.pth')
+            weights = on_main(save_whole, get_model(self.model).state_dict(), folder/f'{name}-{i+1}-{_px(_hw(s.size, full))}px.pth')
             rows.append({'size':_px(_hw(s.size, full)), 'epochs':len(saver.log), 'seconds':round(time.time()-began, 1),
                          **dict(zip(self.recorder.metric_names[1:], saver.log[-1] if saver.log else [])), 'file':str(weights)})
             save(stage=i+1, log=[], seconds=0.)

@@ -1,0 +1,311 @@
+"""What `tests/test_distributed.py` does in two processes, and in one to compare
+
+`distributed_run.py FOLDER CHECK...` under a launcher: what each process saw is in FOLDER/CHECK-RANK.pth. `distributed_run.py --pairs FOLDER CASE...`
+forks two processes for each run of a case, to import once; a case is a chain of kills such as `stages:1:batch:10` (what to run, the process that dies, when: see
+`killed.py`), joined by +, and a last run ends by itself: in FOLDER/CASE."""
+import os, signal, socket, sys, time, traceback, warnings
+from pathlib import Path
+warnings.simplefilter('ignore')
+import numpy as np, torch
+from torch import nn
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter, RandomSplitter
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import F1Score, accuracy
+from fastai.optimizer import SGD
+from fastai.torch_core import num_distrib, params, rank_distrib, set_seed
+from fastai.vision.augment import Flip, Resize
+from fastai.vision.core import PILImage
+from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
+import fastai.callback.schedule
+import fastai_tricks.all as ft
+from fastai_tricks.climb import climb
+from fastai_tricks.evaluate import cross_validate
+from fastai_tricks.stages import Stage
+from fastai_tricks.test_utils import tiny_learner
+import killed
+from climb_run import kind, make_learner as climb_learner, noise
+from stages_run import STAGES, make_learner as stages_learner
+
+N_VALID = 19 # Of two processes one has an item too many
+
+def image(i): return PILImage.create(np.full((64,64,3), i, dtype=np.uint8)) # Tells which item it is
+def label(i): return int(i%3==0)
+def bs(n): return n//max(1, num_distrib())
+
+def dls(n=50, batch=8, splitter=None, **kwargs):
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=image, get_y=label, splitter=splitter or IndexSplitter(list(range(n-N_VALID, n))), item_tfms=Resize(64))
+    set_seed(1)
+    return db.dataloaders(list(range(n)), bs=bs(batch), val_bs=bs(batch), **{'num_workers':0, 'device':'cpu', **kwargs})
+
+def plain_model():
+    "No batch norm, no dropout"
+    set_seed(2)
+    return nn.Sequential(nn.Conv2d(3,8,3,stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+
+def learner(d=None, model=None, **kwargs):
+    return Learner(d or dls(), model or plain_model(), loss_func=CrossEntropyLossFlat(), **{'metrics':[accuracy, F1Score()], 'splitter':lambda m: [params(m[0]),params(m[1:])], **kwargs})
+
+class Seen:
+    "What reached the model: training or not, sizes, and the items"
+    def __init__(self, learn): self.rows,self.handle = [],learn.model.register_forward_pre_hook(self)
+    def __call__(self, m, i): self.rows.append((m.training, tuple(i[0].shape), [round(float(o)*255) for o in i[0].mean((1,2,3))]))
+    def ids(self, training): return [ids for t,_,ids in self.rows if t==training]
+
+def weights(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def quiet(learn): return learn.no_bar()
+
+def check_fit(folder, **kwargs):
+    res = {}
+    for opt in (None,SGD):
+        learn = learner(dls(**kwargs), **({'opt_func':opt} if opt else {}))
+        with quiet(learn), learn.no_logging(), learn.accelerate_ctx(): # Seen here, as the model is wrapped in a fit only
+            seen = Seen(learn)
+            learn.fit_one_cycle(3, 1e-2)
+        res[opt.__name__ if opt else 'Adam'] = dict(weights=weights(learn), values=list(learn.recorder.values), losses=learn.recorder.losses, train=seen.ids(True), valid=seen.ids(False))
+    return res
+
+def check_workers(folder): return check_fit(folder, num_workers=2)
+
+def check_rest(folder): return check_fit(folder, n=52, drop_last=False) # 33 items to train on
+
+def check_predict(folder):
+    learn = learner()
+    with torch.no_grad(): # Predictions from .05 to .95
+        learn.model[-1].weight.mul_(200)
+        learn.model[-1].bias.copy_(torch.tensor([-11.6,0.]))
+    test = [3,7,1,250,90]
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
+        dl = learn.dls.test_dl(test)
+        return dict(validate=learn.validate(), train=learn.validate(0), preds=learn.get_preds(), all=learn.get_preds(with_input=True, with_loss=True, with_decoded=True), test=learn.get_preds(dl=dl)[0],
+                    one=learn.get_preds(dl=learn.dls.test_dl([9]))[0], tta=learn.tta(n=1)[0], predict=learn.predict(7)[2], unordered=learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False))[0])
+
+def check_lr_find(folder):
+    learn = learner(path=folder)
+    was = weights(learn)
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
+        lr = learn.lr_find(num_it=20, show_plot=False).valley
+        n = len(learn.recorder.lrs)
+        same = all(torch.equal(v, was[k]) for k,v in learn.model.state_dict().items())
+        learn.fit(1)
+    return dict(lr=lr, n=n, same=same, weights=weights(learn), left=sorted(p.name for p in (folder/'models').iterdir() if p.is_dir()))
+
+def check_fine_tune(folder):
+    learn = tiny_learner(dls()) # With batch norm
+    set_seed(10+rank_distrib())
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx(): learn.fine_tune(1, freeze_epochs=1)
+    return weights(learn)
+
+def check_resize(folder):
+    res = {}
+    for name,kwargs in dict(auto={}, device=dict(where='device'), batches=dict(scale_bs=True), crop=dict(crop=True)).items():
+        learn = learner(dls(n=64+N_VALID), cbs=ft.ProgressiveResize(mult=8, **kwargs))
+        with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
+            seen = Seen(learn)
+            learn.fit(4)
+        res[name] = [(t,s) for t,s,_ in seen.rows]
+    return res
+
+def check_watch(folder):
+    watch = ft.WatchCAM(n=2, save=folder/f'cam-{rank_distrib()}')
+    learn = tiny_learner(dls(), cbs=watch)
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx(): learn.fit(2)
+    return dict(rows=len(watch.rows), weights=weights(learn))
+
+class NaNHere(Callback):
+    "One process alone has a bad batch"
+    def after_loss(self):
+        if self.training and self.iter==1 and rank_distrib()==num_distrib()-1: self.learn.loss_grad,self.learn.loss = self.loss_grad*float('nan'),self.loss*float('nan')
+
+class FailsHere(Callback):
+    "Something breaks in every process"
+    run_valid = False
+    def __init__(self, ex): self.ex = ex
+    def after_loss(self):
+        if self.iter==1: raise self.ex('boom')
+
+def snapshot(learn):
+    loaders = [{k:repr(v) if not isinstance(v, int) else v for k,v in vars(dl).items() if k not in ('rng','_DataLoader__idxs','it')} for dl in learn.dls.loaders]
+    return dict(model=id(learn.model), cls=type(learn.model).__name__, loaders=loaders, cbs=sorted(cb.name for cb in learn.cbs), ids={id(cb) for cb in learn.cbs}, logger=id(learn.logger), keys=sorted(k for k in vars(learn) if k not in ('pred','loss','loss_grad','xb','yb','dl','n_iter','iter','pct_train','train_iter','epoch','n_epoch','opt','final_record','smooth_loss','log')), device=str(learn.dls.device),
+                hooks=[len(m._forward_pre_hooks) for m in learn.model.modules()])
+
+def check_left(folder):
+    res = {}
+    for name,ex in dict(finishes=None, cancelled=CancelFitException, error=RuntimeError, ctrl_c=KeyboardInterrupt).items():
+        learn = learner()
+        was = snapshot(learn)
+        try:
+            with learn.no_logging(), learn.accelerate_ctx(): learn.fit(1, cbs=FailsHere(ex) if ex else None)
+        except (RuntimeError,KeyboardInterrupt) as e: assert 'boom' in str(e), e
+        now = snapshot(learn)
+        assert now==was, (name, {k:(was[k],now[k]) for k in was if was[k]!=now[k]})
+        # The same within one context: the next fit finds what the first needed
+        with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
+            if ex in (RuntimeError,KeyboardInterrupt):
+                try: learn.fit(1, cbs=FailsHere(ex))
+                except ex: pass
+            learn.validate()
+            learn.fit(1)
+        res[name] = weights(learn)
+    return res
+
+class PredictsWithin(Callback):
+    "Validates in the middle of a fit"
+    order,run_valid = 55,False
+    def after_epoch(self):
+        if self.learn.lock.locked(): return
+        with self.learn.no_logging(): self.n = len(self.learn.get_preds(inner=False)[0])
+
+def check_callbacks(folder):
+    "All of this at once trains to the same weights in both processes"
+    res = {}
+    def fit(name, cbs, n=2, **kwargs):
+        set_seed(20+rank_distrib())
+        learn = tiny_learner(dls(), cbs=cbs)
+        learn.path,learn.metrics = folder,[accuracy]
+        with quiet(learn), learn.no_logging(), learn.accelerate_ctx(**kwargs): learn.fit(n)
+        res[name] = weights(learn)
+        return learn
+    assert len(fit('nan', [TerminateOnNaNCallback(), NaNHere()]).recorder.lrs)==1
+    fit('tricks', [ft.ProgressiveResize(mult=8, scale_bs=True, strength=(.5,1.)), ft.ChannelsLastBatch(), ft.DeviceMixedPrecision(torch.bfloat16), ft.Distill(tiny_learner().model, features=['0'])])
+    fit('fastai', [MixUp(), GradientAccumulation(8), SaveModelCallback(fname=f'best'), EarlyStoppingCallback(patience=1)])
+    fit('within', w := PredictsWithin())
+    assert w.n==N_VALID, w.n
+    learn = tiny_learner(dls(), cbs=ft.ProgressiveResize(mult=8))
+    learn.path = folder
+    with quiet(learn), learn.accelerate_ctx():
+        learn.fit(1)
+        learn.export('in.pkl')
+        learn.save('saved')
+        with learn.accelerate_ctx(): p = learn.get_preds()[0] # Within another it changes nothing
+    res['preds'] = dict(p=p)
+    return res
+
+def raises(f, *said):
+    try: f()
+    except Exception as e:
+        assert all(s in str(e) for s in said), e
+        return f'{type(e).__name__}: {e}'
+    raise AssertionError(f'no error: {said}')
+
+def boxes():
+    db = DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), get_x=image, get_y=[lambda i: [[1.,1.,9.,9.]], lambda i: ['a']], n_inp=1, splitter=IndexSplitter([0]), item_tfms=Resize(64))
+    return Learner(db.dataloaders(list(range(20)), bs=4, num_workers=0, device='cpu'), plain_model(), loss_func=CrossEntropyLossFlat())
+
+def check_refuse(folder):
+    def fit(learn, **kwargs):
+        with quiet(learn), learn.no_logging(), learn.accelerate_ctx(**kwargs): learn.fit(1)
+    said = [raises(lambda: fit(learner(dls(splitter=RandomSplitter(seed=rank_distrib())))), '`dls` must be the same in all processes', 'seed'),
+            raises(lambda: fit(learner(dls(batch=100))), '`bs` must be at most 15', 'share 31 training items'),
+            raises(lambda: fit(learner(), sync_bn=True), '`sync_bn` must be False or None on the CPU'),
+            raises(lambda: fit(boxes()), '`dls` must be loaders whose targets'),
+            raises(lambda: fit(learner(), timeout=0), '`timeout` must be seconds'),
+            raises(lambda: fit(learner(), cpu=False), '`cpu` must be True or None') if not torch.cuda.is_available() else None,
+            raises(lambda: fit(learner(), mixed_precision='fp16'), 'to_mixed')]
+    learn = learner()
+    loaders = learn.dls.loaders
+    learn.dls.loaders = [torch.utils.data.DataLoader(dl.dataset, batch_size=4) for dl in loaders]
+    said.append(raises(lambda: fit(learn), "`dls.train` must be a loader of fastai's"))
+    return [s for s in said if s]
+
+def check_subset(folder):
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, splitter=RandomSplitter(), item_tfms=Resize(32))
+    # Whatever the state of each process
+    set_seed(int(time.time()*1000)%1000 + rank_distrib())
+    d = db.class_subset(3, by='random', per_class=5).dataloaders(list(range(72)), bs=4, num_workers=0, device='cpu')
+    return dict(vocab=list(d.vocab), train=list(d.train.items), valid=list(d.valid.items), ladder=ft.class_ladder(db, list(range(72)), (2,4), by='random'))
+
+WRITTEN = []
+_replace = os.replace
+def _noted(a, b, *args, **kwargs):
+    WRITTEN.append(Path(b).name)
+    return _replace(a, b, *args, **kwargs)
+
+def run_stages(folder):
+    seed = 7 if (folder/'models'/'stages.pth').exists() else 42
+    learn = stages_learner(folder, seed=seed, cbs=killed.killer())
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx(): df = learn.fit_stages(STAGES)
+    torch.save(dict(table=df.drop(columns=['file','seconds']), weights=weights(learn)), folder/f'final-{rank_distrib()}.pth')
+
+def run_climb(folder, resume=True):
+    def fit(learn): learn.fit_one_cycle(1, cbs=killed.killer())
+    set_seed(int(time.time()*1000)%1000 + rank_distrib()) # Nothing may depend on where the random states begin
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    res = climb(climb_learner, db, list(range(72)), rungs=[2,(None,24)], fit=fit, n_splits=2, test_items=list(range(100, 105)), ids=[f'{i}.jpg' for i in range(5)], out=folder/'climb', bs=bs(4), num_workers=0, device='cpu', resume=resume)
+    torch.save(dict(table=res.table.drop(columns=['seconds','submission']), oof=[cv.oof for cv in res.cvs], csv=res.table.submission.iloc[-1].read_text()), folder/f'final-{rank_distrib()}.pth')
+
+def run_cv(folder, resume=True):
+    def fit(learn): learn.fit_one_cycle(1, cbs=killed.killer())
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=noise, get_y=kind, item_tfms=Resize(32))
+    cv = cross_validate(climb_learner, db, list(range(72)), n_splits=2, fit=fit, out=folder/'cv', bs=bs(8), num_workers=0, device='cpu', resume=resume)
+    torch.save(dict(table=cv.scores.drop(columns='seconds'), oof=cv.oof, test=cv.predict(list(range(5)))), folder/f'final-{rank_distrib()}.pth')
+
+RUNS = dict(stages=run_stages, climb=run_climb, cv=run_cv)
+
+def check_files(folder):
+    res = {}
+    os.replace = _noted
+    try:
+        for name,run in RUNS.items():
+            WRITTEN.clear()
+            (folder/name).mkdir(exist_ok=True)
+            run(folder/name)
+            res[name] = list(WRITTEN)
+    finally: os.replace = _replace
+    return res
+
+def check_forever(folder):
+    "Until somebody kills a process; a timeout is what ends the wait for one that only stopped"
+    (folder/f'{rank_distrib()}.pid').write_text(str(os.getpid()))
+    learn = learner(cbs=killed.Slow())
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx(timeout=float(os.environ.get('WAIT', 600))):
+        learn.validate()
+        (folder/f'{rank_distrib()}.ready').touch()
+        learn.fit(1000)
+
+CHECKS = {k[6:]:v for k,v in list(globals().items()) if k.startswith('check_')}
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def pair(run, folder, who, kill):
+    "Fork two processes; how each ended"
+    env,pids = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())),[]
+    for r in range(2):
+        pids.append(os.fork())
+        if pids[-1]: continue
+        os.environ.update(env, RANK=str(r), LOCAL_RANK=str(r))
+        try:
+            killed.start(kill if r==who else '')
+            run(folder)
+        except BaseException:
+            if not kill: traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
+
+def main():
+    torch.set_num_threads(1)
+    if sys.argv[1]=='--pairs':
+        for case in sys.argv[3:]:
+            folder = Path(sys.argv[2])/case
+            folder.mkdir(parents=True)
+            for step in case.split('+'):
+                name,who,kill = (step.split(':', 2) + ['',''])[:3]
+                ends = pair(RUNS[name], folder, int(who or 0), kill)
+                assert not kill or (ends[int(who)]==-signal.SIGKILL and ends[1-int(who)] in (1,-signal.SIGKILL,-signal.SIGABRT)), (case, ends)
+                assert kill or ends==[0,0], (case, ends)
+        return
+    for check in sys.argv[2:]:
+        t = time.time()
+        torch.save(CHECKS[check](Path(sys.argv[1])), Path(sys.argv[1])/f'{check}-{rank_distrib()}.pth')
+        if not rank_distrib(): print(check, f'{time.time()-t:.1f} s', flush=True)
+
+if __name__=='__main__': main()
