@@ -19,7 +19,7 @@ def make_learner():
     block = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=Resize(SIZE), batch_tfms=Normalize.from_stats(*imagenet_stats))
     dls = block.dataloaders(sorted(get_image_files(sample_images()))[::4], bs=BS, num_workers=0, device='cpu')
     set_seed(0)
-    return Learner(dls, timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1,1,1), dls.c, stem_width=8, channels=(8,16,32)), metrics=accuracy)
+    return Learner(dls, timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1,1,1,1), dls.c, stem_width=8, channels=(8,16,24,32)), metrics=accuracy)
 
 def run(cores, steps):
     "Train, predict, then time steps; `cores=0`: the plain CPU"
@@ -77,7 +77,7 @@ def main():
     from common import environment, write_results
     learn = make_learner()
     for row in rows: del row['preds']
-    write_results(Path(__file__).with_suffix('.json'), dict(environment=environment('torch_xla'), settings=dict(model='timm ResNet, BasicBlock (1,1,1), channels 8, 16, 32', size=SIZE, bs=BS, epochs=EPOCHS,
+    write_results(Path(__file__).with_suffix('.json'), dict(environment=environment('torch_xla'), settings=dict(model='timm ResNet, BasicBlock (1,1,1,1), channels 8, 16, 24, 32', size=SIZE, bs=BS, epochs=EPOCHS,
         images=len(learn.dls.train_ds)+len(learn.dls.valid_ds), steps_an_epoch=len(learn.dls.train)), results=rows))
 
 if __name__=='__main__': main()

@@ -80,7 +80,7 @@ def real():
     block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats))
     dls = block.dataloaders(files, bs=16, num_workers=0, device='cpu')
     set_seed(0)
-    return Learner(dls, timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1,1,1), dls.c, stem_width=8, channels=(8,16,32)), metrics=accuracy)
+    return Learner(dls, timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1,1,1,1), dls.c, stem_width=8, channels=(8,16,24,32)), metrics=accuracy)
 
 def run(code, **env):
     return subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, env={**{k:v for k,v in os.environ.items() if k!='XLA_USE_SPMD'}, **env}, cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -181,7 +181,7 @@ def test_last_training_batch(last, steps):
 
 @xla
 def test_validation_and_prediction_see_each_item_once(tmp_path):
-    learn = make(metrics=[accuracy, F1Score(average='macro')])
+    learn = make(size=36, metrics=[accuracy, F1Score(average='macro')])
     learn.loss_func = CrossEntropyLossFlat(weight=torch.tensor([1.,3.]))
     learn.path = tmp_path
     fit(learn, 1)
