@@ -33,10 +33,11 @@ def _counts(tx):
         if k.startswith('aten::'): res[k] = met.counter_value(k),0
     return res
 
-@functools.cache
-def _read_xla_files():
-    "`torch.load` knows no place for what is to be on XLA: read it to the CPU, and `load_state_dict` takes it from there"
-    torch.serialization.register_package(100, lambda o: None, lambda o,loc: o if loc.startswith('xla') else None)
+def _read_xla_files(priority=1033):
+    "`torch.load` knows no place for what is to be on XLA: it goes to the CPU, and `load_state_dict` takes it from there"
+    # Once: entries are sorted, and of equal priority they cannot be
+    if any(p==priority for p,*_ in torch.serialization._package_registry): return
+    torch.serialization.register_package(priority, lambda o: None, lambda o,loc: o if loc.startswith('xla') else None)
 
 def start_xla()->int: # Cores
     "Make one device of all cores; at the top of a notebook, before anything is trained in it"
