@@ -20,7 +20,8 @@ from fastai.vision.all import ImageBlock, Resize, aug_transforms, imagenet_stats
 import fastai.callback.schedule
 import fastai_tricks.all as ft
 from fastai_tricks.test_utils import tiny_dls, tiny_learner
-from fastai_tricks.xla import _LazyLoss, move_with_opt, start_xla
+from fastai_tricks.xla import start_xla
+from fastai_tricks.xla_parts import LazyLoss, move_with_opt
 
 here = find_spec('torch_xla') is not None
 xla = pytest.mark.skipif(not here, reason='needs torch_xla, which has an environment of its own: `make test-xla`')
@@ -75,7 +76,7 @@ print(learn.xla.cores, fit(learn, 2, 1e-3, fit='fit_one_cycle'))
 
 def real():
     "A small ResNet on embedded pictures"
-    files = sorted(get_image_files(ft.sample_images()))[::8]
+    files = sorted(get_image_files(ft.sample_images()))[::4]
     set_seed(0)
     block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats))
     dls = block.dataloaders(files, bs=16, num_workers=0, device='cpu')
@@ -117,7 +118,7 @@ def test_a_parameter_that_moves_keeps_its_place_in_the_optimiser():
 
 def test_losses_that_are_fetched_late_are_the_same():
     a,b = make(),make()
-    b.recorder.smooth_loss = _LazyLoss(b.recorder, 7)
+    b.recorder.smooth_loss = LazyLoss(b.recorder, 7)
     b.add_cb(Callback(after_train=lambda self: self.recorder.smooth_loss.fetch()))
     fit(a, 5); fit(b, 5)
     assert torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses)) and len(b.recorder.losses)==5*(29//16)
@@ -149,6 +150,7 @@ def test_what_the_model_receives(capsys):
     assert all(o[3].startswith('{devices=[8,1,1,1]') for o in seen)
     assert {o[4] for o in seen}=={torch.float32} and set(outs)=={torch.bfloat16}
     assert all(p is q for p,(q,*_) in zip(learn.model.parameters(), learn.opt.all_params()))
+    assert learn.xla_report().loc['executions','count']==4
     learn.detach_xla()
     learn = make()
     learn.to_xla(bf16=False)
