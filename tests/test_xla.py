@@ -221,16 +221,24 @@ def test_the_optimisers_state_goes_along_both_ways():
 def test_graphs_depend_on_sizes_alone():
     def graphs(epochs, size, cbs=None):
         # Each time another size: what was compiled once in a process is there
-        learn = make(batch_tfms=aug_transforms(), size=size)
+        learn = make(n=75, batch_tfms=aug_transforms(), size=size) # Four steps an epoch
         learn.to_xla(bf16=False)
         with received(learn) as seen: fit(learn, epochs, 1e-3, fit='fit_one_cycle', cbs=cbs)
-        assert not fallbacks(learn) and len(learn.recorder.losses)==epochs
+        assert not fallbacks(learn) and len(learn.recorder.losses)==4*epochs
         return compiled(learn),len({o[2] for o in seen})
     few,sizes = graphs(2, 40)
     assert (few,sizes)==(3,1) and graphs(5, 44)==(few,sizes)
     def small(size): return ft.ProgressiveResize(sizes=[size], until=.5, mult=4)
     more,sizes = graphs(4, 72, small(52))
     assert sizes==2 and few<more<=few+2 and graphs(8, 76, small(56))==(more,sizes)
+
+@xla
+def test_predictions_are_put_together_within_the_graph():
+    learn = make(size=28)
+    learn.model[0] = nn.Conv2d(3, 8, 3, stride=2) # Without batch norm they stay shared out
+    learn.to_xla(bf16=False)
+    with quiet(learn): learn.validate(), learn.validate()
+    assert compiled(learn)==1
 
 @xla
 def test_fits_of_fastai_and_of_ours(tmp_path):
