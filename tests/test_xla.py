@@ -398,8 +398,8 @@ def test_pytorchs_loaders_and_workers():
     with learn.xla_ctx(bf16=False): losses = fit(learn, 1)
     assert close(losses[:2], fit(make(), 1)[:2])
 
+@xla
 def test_too_few_images():
-    if not here: pytest.skip('needs torch_xla')
     learn = make(n=16, valid=11, bs=4)
     was = [dl.bs for dl in learn.dls.loaders]
     with pytest.raises(ValueError, match='`bs` must be'): learn.to_xla()
