@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 DATA ?=
 
-.PHONY: demo test readme pages bench clean
+.PHONY: demo test test-xla readme pages bench clean
 
 .venv/ok: settings.ini setup.py pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
@@ -14,6 +14,14 @@ demo: .venv/ok ## train with and without ProgressiveResize; DATA=folder with a f
 
 test: .venv/ok ## export in sync, pages clean, pages, tests, wheel
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run.sh
+
+.venv-xla/ok: settings.ini setup.py pyproject.toml
+	test -x .venv-xla/bin/python || python3 -m venv .venv-xla
+	.venv-xla/bin/python -m pip install -q -e '.[dev,tpu]' 'torch==2.9.*' 'torchvision==0.24.*' 'torch_xla==2.9.0'
+	touch $@
+
+test-xla: .venv-xla/ok ## the TPU's tests and page, on eight virtual cores, in an environment of their own
+	PATH="$(CURDIR)/.venv-xla/bin:$$PATH" bash tests/run_xla.sh
 
 readme: .venv/ok ## README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
@@ -41,4 +49,4 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, d
 	$(if $(DATA),$(PY) benchmarks/climb.py signal --data "$(DATA)")
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv .venv-xla build dist demo *.egg-info

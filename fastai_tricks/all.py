@@ -11,7 +11,7 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
            'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
            'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
-           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes']
+           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla']
 
 # %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head, fastai_tricks.show_augs
@@ -35,6 +35,7 @@ from .separable import DepthwiseSeparableConv
 from .stages import Stage
 from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder
+from .xla import start_xla
 
 # %% ../nbs/99_all.ipynb #e7ea28c6
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
@@ -42,4 +43,4 @@ _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'ski
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
          'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on',
-         'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes']
+         'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla']

@@ -16,4 +16,5 @@ echo '== pages'
 nbdev-test --n-workers 0 --timing
 
 echo '== tests'
-python -m pytest -q tests
+# One thread each: networks this small gain nothing by a second
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests
