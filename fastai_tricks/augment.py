@@ -85,13 +85,13 @@ def _cut(o, part, out, t):
     side = part[2]-part[0],part[3]-part[1]
     how = cv2.INTER_AREA if t.area_for_downscale and (side[0]>out[0] or side[1]>out[1]) else t.interpolation
     d = draft_scale(side, out) if _undecoded(o) and how!=cv2.INTER_NEAREST else 1
-    if d>1: return np.asarray(o.reduced(d).resize(out, _resamples.get(how, Image.BILINEAR), box=tuple(p/d for p in part)))
+    if d>1 or o.mode=='I': return np.asarray((o.reduced(d) if d>1 else o).resize(out, _resamples.get(how, Image.BILINEAR), box=tuple(p/d for p in part))) # cv2 knows no 32-bit integers
     return cv2.resize(np.asarray(o.crop(part)), out, interpolation=how)
 
 class AlbumentationsTfm(ItemTransform):
     "Apply an albumentations pipeline to images, masks, points and boxes of an item, all with the same randomness"
     order = 2 # After `Resize` and `PointScaler`, where there are any; before `ToTensor`
-    scaled = False # Are points in [-1,1] by then?
+    scaled,_rngs = False,None # Are points in [-1,1] by then? Generators, made when needed
 
     def __init__(self,
         train_aug, # In training: a `Compose`, a transform of albumentations or a list of them, or None
@@ -99,13 +99,13 @@ class AlbumentationsTfm(ItemTransform):
     ):
         super().__init__()
         self.train_aug,self.valid_aug = _check_aug('train_aug', train_aug),_check_aug('valid_aug', valid_aug)
-        self._made,self._rngs = {},(np.random.Generator(np.random.PCG64()),random.Random())
+        self._made = {}
 
     def setups(self, dl):
         for f in dl.after_item.fs:
             if isinstance(f, PointScaler): self.scaled = f.do_scale
 
-    def __getstate__(self): return {**vars(self), '_made':{}}
+    def __getstate__(self): return {**vars(self), '_made':{}, '_rngs':None}
 
     # Not `encodes`: which of the two is asked for is told here
     def __call__(self, o, split_idx=None, **kwargs):
@@ -161,6 +161,7 @@ class AlbumentationsTfm(ItemTransform):
 
     def _seeded(self):
         # A pipeline's own generators are copied by each worker: all would do the same. fastai seeds Python's, in each worker and epoch
+        if self._rngs is None: self._rngs = np.random.Generator(np.random.PCG64()),random.Random()
         rng,py = self._rngs
         py.seed(random.getrandbits(64))
         # A new `default_rng` would take longer than many a transform
@@ -185,7 +186,7 @@ class AlbumentationsTfm(ItemTransform):
         return type(t)(xy*2/tensor(size).float() - 1, img_size=size) if self.scaled else type(t)(xy, img_size=getattr(t, 'img_size', None))
 
 def _nth(nm, k): return f'{nm}{k}' if k else nm
-_modes = {'P':'RGB', 'PA':'RGBA', 'CMYK':'RGB', 'YCbCr':'RGB', '1':'L'}
+_modes = {'P':'RGB', 'PA':'RGBA', 'CMYK':'RGB', 'YCbCr':'RGB', 'HSV':'RGB', 'RGBX':'RGB', 'RGBa':'RGBA', '1':'L'}
 def _as_type(cls, a):
     im = Image.fromarray(a[...,0] if a.ndim==3 and a.shape[-1]==1 else a)
     return cls(im) if issubclass(cls, PILBase) else im

@@ -144,8 +144,9 @@ def items_batch(
 
 def _probabilities(loss, logits):
     "What fastai's losses say, or PyTorch's mean"
-    f = getattr(loss, 'activation', None) or (torch.sigmoid if isinstance(loss, nn.BCEWithLogitsLoss) or loss is F.binary_cross_entropy_with_logits else partial(torch.softmax, dim=1))
-    return f(logits)
+    if isinstance(loss, partial): loss = loss.func
+    several = isinstance(loss, (nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss)) or loss in (F.binary_cross_entropy_with_logits,F.multilabel_soft_margin_loss)
+    return (getattr(loss, 'activation', None) or (torch.sigmoid if several else partial(torch.softmax, dim=1)))(logits)
 
 @contextmanager
 def _kept_rng(dl):

@@ -9,7 +9,7 @@ __all__ = ['swapped', 'is_training', 'say', 'keep_random', 'peek', 'evaluating',
            'from_all', 'named_items', 'get_state', 'set_state']
 
 # %% ../nbs/00_core.ipynb #dce34025
-import os, time, zlib
+import os, pickle, time, zlib
 from contextlib import contextmanager
 from copy import deepcopy
 from fastai.vision.all import *
@@ -117,6 +117,10 @@ def _connected():
     if not torch.distributed.is_initialized(): raise RuntimeError(f'{num_distrib()} processes were started, and nothing connects them yet: this belongs into `with learn.accelerate_ctx():`')
     return True
 
+def _sendable(e):
+    try: return pickle.loads(pickle.dumps(e))
+    except Exception: return RuntimeError(f'{type(e).__name__}: {e}')
+
 def on_main(
     f, # Called in the main process only
     *args, **kwargs
@@ -126,7 +130,7 @@ def on_main(
     res = [None]
     if is_main():
         try: res = [(f(*args, **kwargs),None)]
-        except Exception as e: res = [(None,e)]
+        except Exception as e: res = [(None,_sendable(e))]
     torch.distributed.broadcast_object_list(res)
     if res[0][1] is not None: raise res[0][1]
     return res[0][0]
@@ -187,7 +191,8 @@ def set_state(
     get_model(learn.model).load_state_dict(state['model'])
     if isinstance(learn.opt, OptimWrapper): learn.opt.load_state_dict(state['opt'])
     else: learn.opt.load_state_dict({'state':state['opt']['state'], 'hypers':L(state['opt']['hypers'])})
-    r = to_cpu(state['random'][rank_distrib() if len(state['random'])==max(1, num_distrib()) else 0]) # Wherever the file was loaded to
+    each = state['random'] if is_listy(state['random']) else [state['random']] # A file of one process may hold one
+    r = to_cpu(each[rank_distrib() if len(each)==max(1, num_distrib()) else 0]) # Wherever the file was loaded to
     alg,keys,*rest = r['numpy_state']
     set_random_states(**{**get_random_states(), **r, 'numpy_state':(alg,np.array(keys, dtype=np.uint32),*rest)})
     for dl,s in zip([dl for dl in learn.dls.loaders if hasattr(dl, 'rng')], state['loaders']): dl.rng.setstate(s)

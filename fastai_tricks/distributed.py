@@ -8,13 +8,15 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/distributed.html.md"""
 __all__ = ['share_of', 'join_processes', 'host_cores_needed']
 
 # %% ../nbs/31_distributed.ipynb #2506282d
-import math
+import math, tempfile, zlib
 from contextlib import ExitStack
 from datetime import timedelta
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.learner import _ConstantFunc
 from .core import _check, from_all, is_training, named_items, peek, say, swapped
 
 # %% ../nbs/31_distributed.ipynb #283e15af
@@ -50,7 +52,11 @@ class _Share:
     __name__ = 'get_idxs' # Under which a worker that is spawned finds its own, and needs no more
     def __init__(self, dl, device): self.get_idxs,self.whole,self.device = dl.get_idxs,_sizes(dl),device
     def __call__(self, dl):
-        with _own(dl, **self.whole): idxs = torch.tensor(list(self.get_idxs()), device=self.device)
+        with _own(dl, **self.whole): idxs = list(self.get_idxs())
+        # `get_preds` puts what comes back in order by the indices it drew itself
+        if isinstance(self.get_idxs, _ConstantFunc) and len(set(from_all(zlib.crc32(str(idxs).encode()))))>1:
+            raise ValueError('`dl` must give its items in the same order in all processes, not shuffled in each: `dl.new(shuffle=False)`, or `reorder=False`')
+        idxs = torch.tensor(idxs, device=self.device)
         torch.distributed.broadcast(idxs, 0)
         return share_of(idxs.tolist(), rank_distrib(), num_distrib(), dl.bs, dl.drop_last)
 
@@ -64,12 +70,10 @@ def _check_loader(dl, name):
     _check(isinstance(dl, DataLoader) and dl.indexed and dl.n is not None and dl.bs is not None, name, type(dl).__name__, "a loader of fastai's with an index, a length and a batch size")
 
 class _Shared(Callback):
-    "Belongs to the processes at hand: in a Learner that was exported it does nothing"
-    _stateattrs = ('acc','_undo')
-    acc,_undo = None,None
+    "Belongs to the processes at hand: a Learner that was exported has one that does nothing"
+    _undo = None
     def __init__(self, acc): self.acc = acc
-    def __call__(self, event_name):
-        if self.acc is not None: return super().__call__(event_name)
+    def __reduce__(self): return Callback, ()
 
     def _close(self):
         if self._undo is not None: self._undo.close()
@@ -78,8 +82,22 @@ class _Shared(Callback):
 class _ShareItems(_Shared):
     "Each process gets its part of every batch, and in validation the predictions of all"
     order = TrainEvalCallback.order-10 # Before anyone asks how many batches there are
+    _quiet = None
+
+    def _close(self):
+        super()._close()
+        if self._quiet is not None: self._quiet.close()
+        self._quiet = None
+
+    def _hush(self):
+        "One process keeps the table"
+        self._quiet = ExitStack()
+        for cb in self.learn.cbs.filter(risinstance(CSVLogger)) if rank_distrib() else []:
+            self._quiet.enter_context(swapped(cb, 'fname', Path(self._quiet.enter_context(tempfile.TemporaryDirectory()))/cb.fname.name))
 
     def before_fit(self):
+        self._close()
+        self._hush()
         if not is_training(self.learn) and not hasattr(self.learn, 'lr_finder'): return
         for dl,name in zip(self.dls.loaders, ('dls.train','dls.valid')): _check_loader(dl, name)
         train = self.dls.train
@@ -91,11 +109,11 @@ class _ShareItems(_Shared):
         if hasattr(self.learn, 'lr_finder'): self.learn.n_epoch = self.lr_finder.num_it//_n_batches(train) + 1
 
     def _share(self):
-        self._close()
+        super()._close()
         dl = self.dl
         if is_listy(dl): return # The single batch of `summary`
         _check_loader(dl, 'dl')
-        self._undo,self._n = ExitStack(),_n_items(dl)
+        self._undo,self._dl,self._n = ExitStack(),dl,_n_items(dl)
         self._undo.enter_context(_own(dl, get_idxs=MethodType(_Share(dl, self.acc.device), dl), **{k:_part(v, dl.drop_last) for k,v in _sizes(dl).items()}))
         self._undo.enter_context(_own(self.learn, to_detach=self._to_detach))
 
@@ -105,8 +123,16 @@ class _ShareItems(_Shared):
         if hasattr(self.learn, 'lr_finder') and rank_distrib() and not self.epoch:
             torch.save(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict()), self.path/self.model_dir/self.lr_finder.tmp_p/'_tmp.pth')
     def before_validate(self): self._share()
-    def after_train(self): self._close()
-    def after_validate(self): self._close()
+    def _share_log(self):
+        "What `skip_corrupt` found in any process"
+        if self._undo is not None and hasattr(skip := vars(self._dl).get('do_item'), 'merge'): skip.merge(from_all)
+
+    def after_train(self):
+        self._share_log()
+        super()._close()
+    def after_validate(self):
+        self._share_log()
+        super()._close()
     def after_fit(self): self._close()
 
     def before_batch(self):
@@ -168,6 +194,11 @@ class _ShareModel(_Shared):
         self._within = False
 
 # %% ../nbs/31_distributed.ipynb #0b30bb00
+class _NoProgress(Callback):
+    "In place of `ProgressCallback`, for a `ShowGraphCallback` given to a fit"
+    name,mbar = 'progress',SimpleNamespace(update_graph=noop)
+    def __reduce__(self): return Callback, ()
+
 def _accelerate():
     try: import accelerate
     except ImportError as e: raise ImportError("Accelerate is needed: pip install 'fastai_tricks[distributed]'") from e
@@ -212,8 +243,8 @@ def accelerate_ctx(self:Learner,
     device,was = torch.device('cpu') if acc.device.type=='cpu' else acc.device,getattr(self.dls, 'device', None) # Accelerate says `cpu:0`, which no file can be loaded to
     _check(not sync_bn or device.type=='cuda', 'sync_bn', sync_bn, 'False or None on the CPU: PyTorch synchronises batch norm on GPUs only')
     say(self, f'accelerate_ctx: {num_distrib()} processes on {device.type}, batches of {num_distrib()} × {getattr(self.dls.train, "bs", "?")}')
-    cbs = [_ShareItems(acc), _ShareModel(acc, device.type=='cuda' if sync_bn is None else sync_bn)]
-    bars = self.cbs.filter(risinstance(ProgressCallback)) if rank_distrib() else L()
+    cbs = [_ShareItems(acc), _ShareModel(acc, device.type=='cuda' if sync_bn is None else sync_bn)] + [_NoProgress()]*bool(rank_distrib())
+    bars = self.cbs.filter(risinstance((ProgressCallback,ShowGraphCallback))) if rank_distrib() else L()
     moved = was is not None and torch.device(was)!=device
     try:
         if moved: self.dls.to(device)
@@ -221,7 +252,7 @@ def accelerate_ctx(self:Learner,
             self.remove_cbs(bars).add_cbs(cbs)
             yield self
     finally:
-        for cb in cbs: cb._close()
+        for cb in cbs[:2]: cb._close()
         self.remove_cbs(cbs).add_cbs(bars)
         if moved: self.dls.to(was)
 

@@ -130,10 +130,17 @@ class _Log:
     def __init__(self):
         fd,self.file = tempfile.mkstemp(suffix='.jsonl')
         os.close(fd)
-        self.told = 0
+        self.told = self.shared = 0
         weakref.finalize(self, Path(self.file).unlink, missing_ok=True)
-    def note(self, **kwargs): # file, error, split
-        with open(self.file, 'a') as f: f.write(json.dumps(kwargs) + '\n')
+    def _write(self, *lines):
+        with open(self.file, 'a') as f: f.write(''.join(l + '\n' for l in lines))
+    def note(self, **kwargs): self._write(json.dumps(kwargs)) # file, error, split
+    def merge(self, from_all):
+        "Notes of other processes, those that are new; `from_all` gives what each has"
+        mine = Path(self.file).read_text().splitlines()[self.shared:]
+        for rank,new in enumerate(from_all(mine)):
+            if rank!=rank_distrib(): self._write(*new)
+            self.shared += len(new)
     def table(self, split=None):
         "A row a file, of all splits or of one: times it was met, error"
         df = pd.DataFrame(list(map(json.loads, Path(self.file).read_text().splitlines())), columns=['file','error','split'])
@@ -195,9 +202,16 @@ class _TakeAnother:
         yield from (j for j in others if _label(ds, j)!=label)
 
     def _note(self, file, error):
+        self.log.note(file=file, error=error, split=getattr(self.dl.dataset, 'split_idx', None))
+        self._check_share()
+
+    def merge(self, from_all):
+        self.log.merge(from_all)
+        self._check_share()
+
+    def _check_share(self):
         ds = self.dl.dataset
         split = getattr(ds, 'split_idx', None)
-        self.log.note(file=file, error=error, split=split)
         bad,n = self.log.table(split),len(ds)
         # One is allowed in the smallest set, unless none is
         if len(bad)>max(self.max_share*n, self.max_share>0):

@@ -212,8 +212,10 @@ def detach_xla(self:Learner):
 @delegates(Learner.to_xla)
 def xla_ctx(self:Learner, **kwargs):
     "On all cores of a TPU within, as before after it, whatever ends it"
+    within = _attached(self) is not None # Another one's, which ends it
     try: yield self.to_xla(**kwargs)
-    finally: self.detach_xla()
+    finally:
+        if not within: self.detach_xla()
 
 @patch
 def xla_report(self:Learner)->pd.DataFrame: # A row each for compilations, executions, fetches, and each `aten::` operation that ran on the CPU instead

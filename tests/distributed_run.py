@@ -10,11 +10,12 @@ import numpy as np, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter, RandomSplitter
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import SGD
@@ -25,6 +26,7 @@ from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
 import fastai.callback.schedule
 import fastai_tricks.all as ft
 from fastai_tricks.climb import climb
+from fastai_tricks.core import on_main
 from fastai_tricks.evaluate import cross_validate
 from fastai_tricks.stages import Stage
 from fastai_tricks.test_utils import tiny_learner
@@ -184,6 +186,36 @@ def check_callbacks(folder):
         learn.save('saved')
         with learn.accelerate_ctx(): p = learn.get_preds()[0] # Within another it changes nothing
     res['preds'] = dict(p=p)
+    return res
+
+def photos(folder):
+    "40 images; one to train on and one to validate on cannot be decoded"
+    for i in range(40):
+        PILImage.create(np.full((32,32,3), i, dtype=np.uint8)).save(folder/f'{i}.png')
+        if i in (5,36): (folder/f'{i}.png').write_bytes(b'no image')
+
+def check_tools(folder):
+    "Logs and graphs, an export from within, a shuffled loader, images that only one process met"
+    learn,res = tiny_learner(dls()),{}
+    learn.path = folder
+    with learn.accelerate_ctx():
+        learn.fit(2, cbs=[CSVLogger(append=True), ShowGraphCallback()])
+        learn.fit(1)
+        learn.export('within.pkl')
+        dl = learn.dls.train.new(shuffle=True, drop_last=False)
+        dl.rng.seed(rank_distrib())
+        res['said'] = raises(lambda: learn.get_preds(dl=dl), '`dl` must give its items in the same order')
+        res['unsent'] = raises(lambda: on_main(lambda: 1/0 if False else (_ for _ in ()).throw(type('Local', (Exception,), {})('only here'))), 'only here')
+    res['log'] = (folder/'history.csv').read_text()
+    again = load_learner(folder/'within.pkl')
+    again.dls = dls()
+    with quiet(again), again.accelerate_ctx(): again.fit(1)
+    res.update(weights=weights(again), steps=len(again.recorder.lrs))
+    with learn.accelerate_ctx(): on_main(photos, folder)
+    db = ft.skip_corrupt(DataBlock((ImageBlock,CategoryBlock), get_y=lambda f: int(f.stem)%2, splitter=IndexSplitter(list(range(31, 40))), item_tfms=Resize(32)), .2)
+    learn = tiny_learner(db.dataloaders([folder/f'{i}.png' for i in range(40)], bs=4, num_workers=0, device='cpu'))
+    with quiet(learn), learn.accelerate_ctx(): learn.fit(1)
+    res['corrupt'] = sorted(Path(f).name for f in learn.corrupt_images['file'])
     return res
 
 def raises(f, *said):

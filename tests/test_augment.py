@@ -78,6 +78,21 @@ def test_as_albumentations_does(t):
         whole.set_random_state(*tfm._seeded())
         assert np.array_equal(np.asarray(got), whole(image=np.asarray(PHOTOS[0]))['image'])
 
+@pytest.mark.parametrize('t', [A.Resize(24, 24, area_for_downscale='image'), A.RandomResizedCrop(size=(24,24), area_for_downscale='image')])
+def test_integers_that_cv2_does_not_know(t):
+    im = Image.fromarray(np.full((48,80), 70000, dtype=np.int32))
+    res = AlbumentationsTfm(t)((PILImage(im),), split_idx=0)[0]
+    assert res.size==(24,24) and set(np.asarray(res).ravel())=={70000}
+
+def test_generators_are_not_exported():
+    "Each process makes its own; so does one that was pickled without"
+    tfm = AlbumentationsTfm(A.HorizontalFlip(p=.5))
+    tfm(item(), split_idx=0)
+    again = pickle.loads(pickle.dumps(tfm))
+    assert again._rngs is None
+    again(item(), split_idx=0)
+    assert again._rngs[0] is not tfm._rngs[0]
+
 def test_crop_by_hand():
     im,m,p,b,l,bw = AlbumentationsTfm([A.Crop(30, 5, 80, 45)])(item(), split_idx=0)
     assert np.array_equal(np.asarray(im), pixels()[5:45,30:80]) and np.array_equal(np.asarray(m), pixels()[5:45,30:80,0]) and bw.size==(50,40)

@@ -1,5 +1,6 @@
 "Attention maps: the values, the layer, and that nothing is left of them"
 import copy, os, random
+from functools import partial
 import numpy as np, pytest, timm, torch, torchvision
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.training import GradientAccumulation
@@ -298,13 +299,13 @@ def test_show_cam_worst_first(learn):
     assert red==[bool(preds[i].argmax()!=targs[i]) for i in order]
     assert same(before, state(learn.model))
 
-@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.BCEWithLogitsLoss(), nn.MultiLabelSoftMarginLoss(), partial(nn.functional.binary_cross_entropy_with_logits, reduction='sum')])
 def test_show_cam_of_pytorchs_losses(learn, loss):
     "Which have no `activation`"
     learn.loss_func = loss
     learn.show_cam(3, k='first')
     logits = learn.model.eval()(items_batch(learn.dls.valid, range(3))[0]).detach()
-    p = logits.sigmoid() if isinstance(loss, nn.BCEWithLogitsLoss) else logits.softmax(1)
+    p = logits.softmax(1) if 'cross_entropy' in getattr(loss, '__name__', '') or isinstance(loss, nn.CrossEntropyLoss) else logits.sigmoid()
     assert [t.split(' ')[-1] for t in titles()]==[f'{float(o.max()):.0%}' for o in p]
 
 def test_show_cam_others(learn):

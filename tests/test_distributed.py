@@ -11,7 +11,7 @@ import distributed_run as run
 from distributed_run import CHECKS, N_VALID, free_port
 
 SCRIPT = Path(run.__file__)
-FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','resize','watch','left','callbacks','refuse','subset','files']
+FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','resize','watch','left','callbacks','tools','refuse','subset','files']
 PAIRS = ['stages','stages:1:batch:9+stages','stages:0:renamed:2+stages:0:rename:3+stages','climb:1:batch:20+climb','climb:0:rename:4+climb','cv:0:renamed:3+cv']
 
 def environ(**kwargs):
@@ -146,6 +146,14 @@ def test_folds_are_those_of_one_process(both, folder, tmp_path):
     # Batch norm sees half the batch, so only about the same
     assert a['oof'].shape==o['oof'].shape and not a['oof'].isnan().any() and (a['oof']-o['oof']).abs().mean()<.2
     assert list(a['table'].columns)==list(o['table'].columns) and a['table'].valid.tolist()==o['table'].valid.tolist()
+
+def test_logs_exports_and_what_only_one_met(both):
+    a,b = both('tools')
+    assert a['log'].count('epoch')==1 and [l.split(',')[0] for l in a['log'].splitlines()]==['epoch','0','1']
+    same(a['weights'], b['weights'])
+    assert (a['steps'],b['steps'])==(3,3) # 31 items, 8 a step of both
+    assert a['corrupt']==b['corrupt']==['36.png','5.png']
+    assert 'shuffled' in a['said'] and 'only here' in a['unsent'] and 'Local: only here' in b['unsent']
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):

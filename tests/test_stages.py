@@ -13,6 +13,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastai.vision.augment import RandomResizedCrop, aug_transforms
+from fastai_tricks.core import get_state, set_state
 from fastai_tricks.resize import ProgressiveResize
 from fastai_tricks.stages import Stage
 from fastai_tricks.test_utils import tiny_dls, tiny_learner, sizes_seen
@@ -307,3 +308,12 @@ def test_bad_stages_write_nothing(stages, kwargs, tmp_path):
     learn = make_learner(tmp_path)
     with sizes_seen(learn) as seen, pytest.raises(ValueError): learn.fit_stages(stages, **kwargs)
     assert not seen and not list(tmp_path.iterdir())
+
+def test_random_states_of_a_file_of_one_process():
+    "Where they stand alone, not in a list"
+    learn = tiny_learner()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    state = get_state(learn)
+    want = torch.rand(3)
+    set_state(learn, {**state, 'random':state['random'][0]})
+    assert torch.equal(torch.rand(3), want)

@@ -422,3 +422,12 @@ start_xla()
 def test_the_wrong_order_is_an_error(code, said):
     r = run(code)
     assert said in r.stderr and 'restart the kernel and call `start_xla()` at the top' in r.stderr
+
+@xla
+def test_within_another():
+    "The outer one ends it"
+    learn = make()
+    with learn.xla_ctx():
+        with learn.xla_ctx(): pass
+        assert next(learn.model.parameters()).device.type=='xla' and hasattr(learn, 'xla')
+    assert next(learn.model.parameters()).device.type=='cpu' and not hasattr(learn, 'xla')
