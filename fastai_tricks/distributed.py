@@ -104,7 +104,7 @@ class _ShareItems(_Shared):
         _check(_n_batches(train), 'bs', train.bs, f'at most {_n_items(train)//num_distrib()}, as {num_distrib()} processes share {_n_items(train)} training items')
         _check(not any(isinstance(o, TensorBBox) for o in peek(train)), 'dls', 'loaders with boxes', 'loaders whose targets have the same shape in each process')
         said = from_all([f'{named_items(dl)}, bs {dl.bs}' for dl in self.dls.loaders])
-        for i,o in enumerate(said): _check(o==said[0], 'dls', f'{o} in process {i} and {said[0]} in process 0', 'the same in all processes: give a random splitter a seed')
+        for i,o in enumerate(said): _check(o==said[0], 'dls', f'{o} in process {i} and {said[0]} in process 0', 'the same in all processes (a random splitter needs a seed)')
         # `lr_find` counts batches by the loader before it is shared
         if hasattr(self.learn, 'lr_finder'): self.learn.n_epoch = self.lr_finder.num_it//_n_batches(train) + 1
 

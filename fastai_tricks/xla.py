@@ -86,9 +86,9 @@ class _XLA(Callback):
             lazy,old = LazyLoss(self.recorder, self.every),self.recorder.smooth_loss
             def undo():
                 lazy.fetch()
-                self.recorder.smooth_loss,old.count,old.val = old,lazy.count,lazy.val
+                vars(self.recorder)['smooth_loss'],old.count,old.val = old,lazy.count,lazy.val # Set as an attribute, fastai warns of one of its own
             self.stack.callback(undo)
-            self.recorder.smooth_loss = lazy
+            vars(self.recorder)['smooth_loss'] = lazy
         self.before_fit()
 
     def prepare(self, dls):

@@ -34,4 +34,4 @@ with learn.accelerate_ctx(cpu=args.cpu or None): # Two processes take twice the 
     table = learn.fit_stages(stages)
     acc = learn.validate()[1]
     learn.export('model.pkl') # In the main process alone
-if is_main(): print(table, f'accuracy on the whole validation set: {acc:.3f}', sep='\n')
+if is_main(): print(table.to_string(), f'accuracy on the whole validation set: {acc:.3f}', sep='\n')
