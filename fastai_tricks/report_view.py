@@ -57,7 +57,7 @@ def seconds_to(
         last = t,s
     return math.nan
 
-# %% ../nbs/72_report_view.ipynb #511dffdb
+# %% ../nbs/72_report_view.ipynb #a93167d8
 def _number(x, digits=3): return '' if x is None or x!=x else f'{x:.{digits}f}'
 def _sd(xs): return float(np.std(xs, ddof=1)) if len(xs)>1 else math.nan
 
@@ -121,7 +121,8 @@ class TipsReport:
     def conditions(self):
         "What was trained on what, in one line"
         s,e = self.json['settings'],self.json['environment']
-        return (f"{s['arch']}, {'fine-tuned' if s['fit']=='fine_tune' else 'from scratch'}, {s['train']} + {s['validated']} images of {s['classes']} classes at {s['size']} px, batches of {s['bs']}; "
+        of = '' if s['validated']==s['valid'] else f" of {s['valid']}"
+        return (f"{s['arch']}, {'fine-tuned' if s['fit']=='fine_tune' else 'from scratch'}, {s['train']} + {s['validated']}{of} images of {s['classes']} classes at {'×'.join(map(str, dict.fromkeys(s['size'])))} px, batches of {s['bs']}; "
                 f"{s['seeds']} seeds, {self.json['minutes']:.1f} of {s['minutes']:g} minutes; {e['device']}, {e['threads']} threads, fastai {e['fastai']}, torch {e['torch']}")
 
     def _left(self): return [f'{k}: {v}' for k,v in self.left_out.items()]
