@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report.html.md"""
 # %% auto #0
 __all__ = ['combined', 'tips_report']
 
-# %% ../nbs/70_report.ipynb #0655109d
+# %% ../nbs/70_report.ipynb #87c83aed
 import difflib, gc, json, platform, shutil, time
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from fastai.vision.all import *
 from .core import _check, _is_int, _plain, keep_random, peek
 from .folds import Progress, _count, _crc
 from .labels import ItemLabels, _check_items, all_classes, fixed_block, stable_splits, vocab_order
-from .report_run import _Bench, _least, _points, _write, rotated, split_time
+from .report_run import _Bench, _batches, _least, _points, _write, rotated, split_time
 from .report_view import TipsReport
 from .tips import TIPS, Here, Recipe, Tip
 
@@ -38,7 +38,7 @@ def combined(
         if g>gain: best,gain = [*best,k],g
     return best
 
-# %% ../nbs/70_report.ipynb #caa6f591
+# %% ../nbs/70_report.ipynb #d2ec54c3
 def _arch(arch):
     "What `vision_learner` takes"
     if not isinstance(arch, str):
@@ -90,9 +90,7 @@ class _Data:
 
 def _vocab(dls): return dls.vocab[-1] if isinstance(first(dls.vocab), (list,L,CategoryMap)) else dls.vocab
 
-
-_batches = 2 # Of an epoch, in the least that is worth a training
-
+# %% ../nbs/70_report.ipynb #d3e3e348
 def _needed(bench, paces, batches):
     "Seconds that the trainings of these variants need at least"
     each = {k:_least*_batches*batches[k]*p['image'] + p['setup'] + _points*min(bench.data.n_valid, 2*bench.data.bs)*p['valid'] for k,p in paces.items()}
@@ -104,12 +102,16 @@ def _check_time(bench, seconds, minutes):
 
 def _failed(e): return f'fails here: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
 
+def _pace(rs):
+    "What miniatures tell"
+    return dict(image=sum(r['seconds'] for r in rs)/sum(r['images'] for r in rs), setup=float(np.mean([r['setup'] for r in rs])), valid=sum(r['validation'] for r in rs)/sum(r['valid'] for r in rs))
+
 def _look(bench, tips):
     "Which tips there are here, which not and why, how fast each is; before anything is trained for good"
     data,began,left_out = bench.data,bench.clock(),{}
     with keep_random():
-        base = bench.measure([], 0) # Something has to be known before anything is spent
-        def expected(n): return bench.clock()-began + n*(base['setup'] + _least*data.bs*base['image']) + _needed(bench, {str(i):base for i in range(n)}, {str(i):data.bs for i in range(n)})
+        base = _pace([bench.measure([], _batches)]) # Something has to be known before anything is spent
+        def expected(n): return bench.clock()-began + 2*n*(base['setup'] + _least*_batches*data.bs*base['image']) + _needed(bench, {str(i):base for i in range(n)}, {str(i):data.bs for i in range(n)})
         _check_time(bench, expected(2), bench.minutes) # With one tip at least
         here = Here(bench.learner, data.dblock, data.items, data.size, data.n, data.bs, bench.recipe.fit=='fine_tune')
         found = []
@@ -118,13 +120,18 @@ def _look(bench, tips):
             if isinstance(o, str): left_out[k] = o
             else: found += o if isinstance(o, list) else [o]
         _check_time(bench, expected(1+len(found)), bench.minutes)
-        share = .06*60*bench.minutes/(1+len(found))
-        paces = dict(baseline=bench.measure([], share))
-        for t in list(found):
-            try: paces[t.name] = bench.measure([t], share)
-            except Exception as e:
-                left_out[t.name] = _failed(e)
-                found.remove(t)
+        seen,share = {'baseline':[], **{t.name:[] for t in found}},.03*60*bench.minutes/(1+len(found))
+        for turn in range(2):
+            for t in [None,*found]:
+                rs = seen[t.name if t else 'baseline']
+                # In the second turn as long as there is time for
+                batches = max(_batches, min(data.n//bench.batch(L(t)), int(_batches*share/max(rs[0]['seconds'], 1e-6)))) if turn else _batches
+                try: rs.append(bench.measure(L(t), batches))
+                except Exception as e:
+                    if t is None: raise
+                    left_out[t.name] = _failed(e)
+            found = [t for t in found if t.name not in left_out]
+        paces = {k:_pace(rs) for k,rs in seen.items() if k not in left_out}
         gc.collect()
     seconds = bench.clock()-began
     _check_time(bench, seconds + _needed(bench, paces, {'baseline':data.bs} | {t.name:bench.batch([t]) for t in found}), bench.minutes)
@@ -142,6 +149,7 @@ def _seconds_of(bench, i, variants):
     each = bench.left/runs - np.mean([p['setup'] for p in paces.values()]) - _points*valid*paces['baseline']['valid']
     return max(each, _least*_batches*bench.data.bs*paces['baseline']['image'])
 
+# %% ../nbs/70_report.ipynb #2c27ea5f
 def _combine(bench, seconds, lower):
     "The best tips together: their names, and that of the combination"
     tips,n = {t.name:t for t in bench.tips},len(bench.seeds)
@@ -150,10 +158,7 @@ def _combine(bench, seconds, lower):
         done = [s for s in bench.seeds if bench.saved(name, s)]
         cost = sum(np.mean([r['wall'] for r in bench.runs if r['seed']==s]) for s in bench.seeds)
         if not done and bench.left<.9*cost: return
-        if not done:
-            # As far as the tips do not meddle with each other
-            p = bench.pace('baseline')
-            bench.plan['paces'][name] = bench.plan['paces']['baseline'] | dict(image=p*math.prod(bench.pace(k)/p for k in names))
+        bench.guesses[name] = math.prod(map(bench.ratio, names)) # As far as the tips do not meddle with each other
         progress = Progress([1]*n)
         try:
             for i,s in enumerate(bench.seeds): bench.run(name, ts, s, seconds[i], progress, f'{name}, seed {i+1}/{n}')
@@ -169,12 +174,12 @@ def _confirm(bench, name, tips, seconds):
     seed,mine,pair = len(bench.seeds),bench.seeds[-1],['baseline',name]
     cost = sum(bench.saved(k, mine)['wall'] for k in pair)
     def wanted(): return any(bench.saved(k, seed) for k in pair) or bench.left>=cost
-    if not wanted(): return
-    progress = Progress([1]*max(2, 2*int(bench.left/cost)))
     while wanted():
+        progress = Progress([1]*2)
         for k in pair[::-1] if seed%2 else pair: bench.run(k, tips if k==name else [], seed, seconds, progress, f'seed {seed+1}, {k}')
         seed += 1
 
+# %% ../nbs/70_report.ipynb #4a5a2d5d
 def _same_settings(settings, out, resume):
     "Is what is in `out` of this report?"
     file = out/'settings.json'
@@ -200,6 +205,8 @@ def _check_args(minutes, tips, seeds, metric, lr, bs, level, small, steps):
     _check(isinstance(small, (int,float)) and small>=0, 'small', small, 'a number, 0 or more')
     names = list(TIPS) if isinstance(tips, str) and tips=='all' else [tips] if isinstance(tips, (str,Tip)) else list(tips)
     for t in names: _check(isinstance(t, Tip) or t in TIPS, 'tips', t, f"'all', or of {', '.join(map(repr, TIPS))}, or a `Tip`")
+    shown = [t.name for t in names if isinstance(t, Tip)]
+    _check(len(set(shown) - {'baseline',*TIPS})==len(shown), 'tips', shown, 'such that each has a name of its own')
     return names
 
 def tips_report(
@@ -229,14 +236,13 @@ def tips_report(
         recipe = Recipe(arch, metric, 'fine_tune' if kwargs.get('pretrained', True) else 'fit_one_cycle', data.bs, lr, data.loaders, kwargs, kw)
         free = {**kwargs, **kw, 'arch':arch, 'metric':metric}
         free |= {o.__name__:o for o in free.values() if getattr(o, '__name__', '').isidentifier()}
-        bench = _Bench(data, recipe, minutes, list(range(seeds)), steps, out, clock, free)
         metric_name = mk_metric(metric).name
         lower = any(o in metric_name for o in ('loss','error'))
         settings = dict(code=recipe.code(_least), minutes=minutes, tips=[t.name if isinstance(t, Tip) else t for t in names], seeds=seeds, metric=metric_name, level=level, small=small, steps=steps, lower=lower,
             arch=arch if isinstance(arch, str) else arch.__name__, fit=recipe.fit, bs=data.bs, size=list(data.size), train=data.n, valid=data.n_valid, classes=data.classes,
             items=_crc(data.items), transforms=[[type(f).__name__, str(getattr(f, 'size', None))] for f in [*data.dls.train.after_item.fs, *data.dls.train.after_batch.fs]])
         _same_settings(settings, out, resume)
-        return _report(bench, names, settings)
+        return _report(_Bench(data, recipe, minutes, list(range(seeds)), steps, out, clock, free), names, settings)
 
 def _report(bench, names, settings):
     given,seeds,lower = {t.name:t.names for t in names if isinstance(t, Tip)},bench.seeds,settings['lower']

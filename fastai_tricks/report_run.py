@@ -16,8 +16,8 @@ from fastai.callback.data import PartialDL
 from .core import _plain
 from .folds import _ShowEpoch
 
-# %% ../nbs/74_report_run.ipynb #a9faa2dc
-_least,_points = 6,4 # Epochs of a training, and its validations
+# %% ../nbs/74_report_run.ipynb #7bd3c1a6
+_least,_points,_batches = 6,4,2 # Of a training: epochs, validations, and batches an epoch at least
 
 def epochs_that_fit(
     images:float, # To train on in all
@@ -26,9 +26,9 @@ def epochs_that_fit(
     least:int=_least, # Epochs; schedules and curves need some
 )->tuple: # Epochs, and images of each in whole batches
     "The fewest epochs that come close to `images`"
-    full = max(1, n//bs)
+    full = max(_batches, n//bs)
     lo = max(least, math.ceil(.98*images/bs/full))
-    plans = [(e,min(full, max(1, round(images/bs/e)))) for e in range(lo, lo+least)]
+    plans = [(e,min(full, max(_batches, round(images/bs/e)))) for e in range(lo, lo+least)]
     def off(p): return abs(p[0]*p[1]*bs/images - 1)
     e,batches = next((p for p in plans if off(p)<.05), min(plans, key=off))
     return e,batches*bs
@@ -93,7 +93,7 @@ def part_of(
     val = val.new(n=len(valid), get_idxs=partial(list, valid)) if valid is not None and len(valid)<val.n else val.new()
     return type(dls)(train, val, path=dls.path, device=dls.device)
 
-# %% ../nbs/74_report_run.ipynb #12ab24a2
+# %% ../nbs/74_report_run.ipynb #8bd3be16
 def _write(obj, file):
     "A JSON, whole or not at all"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class _Bench:
     "Trains recipes on the same data, and keeps in a folder what came out"
     def __init__(self, data, recipe, minutes, seeds, steps, out, clock, names):
         store_attr('data,recipe,minutes,seeds,steps,out,clock')
-        self.names = {}
+        self.names,self.guesses = {},{}
         exec('from fastai.vision.all import *\nfrom fastai_tricks.all import *', self.names)
         self.names |= names | dict(dblock=data.dblock, source=data.source)
         self.runs = [json.loads(f.read_text()) for f in sorted((out/'runs').glob('*.json'))]
@@ -154,18 +154,25 @@ class _Bench:
 
     def batch(self, tips): return replace(self.recipe, tips=tuple(tips)).batch
 
-    def measure(self, tips, seconds):
-        "Pace of a variant by a training in miniature, and by a longer one where there is time"
-        bs,n = self.batch(tips),min(self.data.n_valid, 2*self.data.bs)
+    def measure(self, tips, batches):
+        "A training in miniature, of so many batches an epoch"
+        n = min(self.data.n_valid, 2*self.data.bs)
         valid = np.random.default_rng(0).permutation(self.data.n_valid)[:n].tolist()
-        r = self.train(tips, 0, _least, bs, 1, valid)
-        if 2*r['seconds']<seconds: r = self.train(tips, 0, _least, bs*max(1, min(self.data.n//bs, int(seconds/r['seconds']))), 1, valid)
-        return dict(image=r['seconds']/r['images'], setup=r['setup'], valid=r['validation']/n)
+        return self.train(tips, 0, _least, batches*self.batch(tips), 1, valid) | dict(valid=n)
 
-    def pace(self, name):
-        "Seconds an image: of its last training, or as measured before"
-        own = [r for r in self.runs if r['name']==name]
-        return own[-1]['seconds']/own[-1]['images'] if own else self.plan['paces'][name]['image']
+    def ratio(self, name):
+        "Seconds an image, as a multiple of the baseline's: the median of the miniature and of the rounds that are done"
+        if name=='baseline': return 1
+        first = self.guesses[name] if name in self.guesses else self.plan['paces'][name]['image']/self.plan['paces']['baseline']['image']
+        pairs = [(r,self.saved('baseline', r['seed'])) for r in self.runs if r['name']==name]
+        return float(np.median([first, *(r['seconds']/r['images']/b['seconds']*b['images'] for r,b in pairs if b)]))
+
+    def scale(self, seed):
+        "The baseline's seconds an image to plan a round with: the same for all of it, by all of the last round"
+        if old := next((r['scale'] for r in self.runs if r['seed']==seed), None): return old
+        if not self.runs: return self.plan['paces']['baseline']['image']
+        last = [r for r in self.runs if r['seed']==max(o['seed'] for o in self.runs)]
+        return sum(r['seconds'] for r in last)/sum(r['images']*self.ratio(r['name']) for r in last)
 
     def saved(self, name, seed): return next((r for r in self.runs if (r['name'],r['seed'])==(name,seed)), None)
 
@@ -174,11 +181,12 @@ class _Bench:
         if r := self.saved(name, seed):
             progress.next(ran=False)
             return r
-        epochs,images = epochs_that_fit(seconds/self.pace(name), self.data.n, self.batch(tips))
+        scale = self.scale(seed)
+        epochs,images = epochs_that_fit(seconds/scale/self.ratio(name), self.data.n, self.batch(tips))
         progress.show(what)
         r = self.train(tips, seed, epochs, images, valid=self.plan['valid'], cbs=_ShowEpoch(progress, what))
         slug = re.sub(r'[^a-z0-9]+', '-', name.lower())
-        self.runs.append(_write(dict(name=name, seed=seed, budget=seconds, **r), self.out/'runs'/f'{len(self.runs):03d} {seed} {slug}.json'))
+        self.runs.append(_write(dict(name=name, seed=seed, budget=seconds, scale=scale, **r), self.out/'runs'/f'{len(self.runs):03d} {seed} {slug}.json'))
         progress.next()
         return self.runs[-1]
 

@@ -57,7 +57,7 @@ def seconds_to(
         last = t,s
     return math.nan
 
-# %% ../nbs/72_report_view.ipynb #a93167d8
+# %% ../nbs/72_report_view.ipynb #c331a086
 def _number(x, digits=3): return '' if x is None or x!=x else f'{x:.{digits}f}'
 def _sd(xs): return float(np.std(xs, ddof=1)) if len(xs)>1 else math.nan
 
@@ -73,7 +73,8 @@ class TipsReport:
     ):
         "A finished report"
         out = Path(out)
-        return cls(json.loads((out/'report.json' if out.is_dir() else out).read_text()))
+        file = out/'report.json' if out.is_dir() else out
+        return cls(json.loads(file.read_text()) | dict(out=str(file.parent)))
 
     @property
     def left_out(self): return self.json['left_out']
@@ -135,7 +136,7 @@ class TipsReport:
         "Scores over seconds of training, means over seeds; and the differences at the end with their intervals"
         s,df = self.json['settings'],self.df
         fig,(ax,ax2) = plt.subplots(1, 2, figsize=(12, max(3.6, 1.2+.3*len(df))), layout='constrained', gridspec_kw=dict(width_ratios=(3,2)))
-        colors = dict(zip(self.names, ['black',*plt.get_cmap('tab20')(np.arange(0, 2*len(df), 2)%20 + np.arange(len(df))//10%2)]))
+        colors = dict(zip(self.names, itertools.chain(['black'], itertools.cycle([*plt.get_cmap('tab10').colors,*plt.get_cmap('Dark2').colors]))))
         for name in self.names:
             c,base,both = np.array(mean_curve([r['curve'] for r in self.runs(name)])),name=='baseline',name in self.json['together']
             if len(c): ax.plot(*c.T, 'o-', color=colors[name], ms=4, lw=2.5 if base or both else 1.3, ls='--' if both else '-', label=name, zorder=3 if base else 2)

@@ -132,7 +132,7 @@ class Recipe:
 
     def code(self, epochs): return '\n'.join(filter(None, [self.dls_code(), self.learn_code(), self.fit_code(epochs)]))
 
-# %% ../nbs/71_tips.ipynb #3c2c8218
+# %% ../nbs/71_tips.ipynb #e9940fcc
 def sweep_sizes(
     full:tuple, # `(h,w)`, pixels
     shares:tuple=(.5,.75), # Of the full size
@@ -160,10 +160,10 @@ class Here:
     @property
     def no_size(self):
         if self.no_block: return self.no_block
-        return None if size_set(self.dblock.item_tfms, self.dblock.batch_tfms) else "none of the transforms is known to set the size"
+        return None if size_set(self.dblock.item_tfms, self.dblock.batch_tfms) else 'none of the transforms is known to set the size'
 
 def _draft(o):
-    names = [str(i) for i in o.items[:200]] if not hasattr(o.items, 'iloc') else []
+    names = [str(i) for i in o.items[:200] if isinstance(i, (str,Path))] if not hasattr(o.items, 'iloc') else []
     if names and not any(n.lower().endswith(('.jpg','.jpeg')) for n in names): return 'it is for JPEGs, and there are none'
     if not any(_opens(f) for fs in o.dblock.type_tfms for f in L(fs)): return 'images are not opened by `PILImage.create`'
     return Tip('draft', block='dblock = block_with(dblock, img_cls=PILImageDraft)')
@@ -173,7 +173,7 @@ def _albu(o):
     return Tip('albumentations', block='dblock = block_with(dblock, augs=albu_transforms)')
 
 def _progressive(o):
-    if o.size is None or not ProgressiveResize().schedule(o.size, o.tuning)[0]: return f'there is no smaller multiple of 32 pixels to start from'
+    if o.size is None or not ProgressiveResize().schedule(o.size, o.tuning)[0]: return 'there is no smaller multiple of 32 pixels to start from'
     return Tip('progressive', learn='learn.add_cb(ProgressiveResize())')
 
 def _sizes(o):
