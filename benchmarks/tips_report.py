@@ -24,6 +24,7 @@ def main():
     p.add_argument('--valid-per-class', type=int, default=10)
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--size', type=int, default=96)
+    p.add_argument('--tips', nargs='+', default='all')
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--out', type=Path, default=Path(tempfile.gettempdir())/'tips_report')
     a = p.parse_args()
@@ -33,7 +34,7 @@ def main():
     files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
     dblock = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter(valid), item_tfms=Resize(a.size), batch_tfms=aug_transforms())
     os.chdir(lite0_weights().parent) # So that no path of this machine stands in the results
-    report = tips_report(dblock, files, 'tf_efficientnet_lite0', a.minutes, seeds=a.seeds, bs=a.bs, out=a.out, data=dict(num_workers=0),
+    report = tips_report(dblock, files, 'tf_efficientnet_lite0', a.minutes, a.tips, a.seeds, bs=a.bs, out=a.out, data=dict(num_workers=0),
                          pretrained_cfg_overlay=dict(file=lite0_weights().name))
     print(report)
     write_results(FILE, dict(report.json, out='tips_report', data=Path(a.data).name))
