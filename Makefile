@@ -29,7 +29,7 @@ readme: .venv/ok ## README.md from nbs/index.ipynb
 pages: .venv/ok ## run all pages and save their outputs
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
 
-bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up and the climb (longer)
+bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
 	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/progressive_resize.py --regime batches
@@ -47,6 +47,7 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, d
 	$(if $(DATA),$(PY) benchmarks/augment.py accuracy --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/climb.py carry --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/climb.py signal --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/tips_report.py --data "$(DATA)")
 
 clean:
 	rm -rf .venv .venv-xla build dist demo *.egg-info

@@ -19,4 +19,4 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['fastai_tricks*']), package_data={'fastai_tricks': ['data/*']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
-    entry_points={'console_scripts': [], 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]})
+    entry_points={'console_scripts': ['fastai-tricks = fastai_tricks.cli:main'], 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]})

@@ -11,7 +11,8 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
            'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
            'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
-           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla']
+           'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla',
+           'tips_report', 'TipsReport', 'TIPS', 'Tip', 'block_with']
 
 # %% ../nbs/99_all.ipynb #17729b5d
 import fastai_tricks.head, fastai_tricks.show_augs
@@ -27,6 +28,8 @@ from .evaluate import CrossValidation, cross_validate
 from .files import resized_copies, skip_corrupt, CorruptImagesError
 from .precision import ChannelsLastBatch, DeviceMixedPrecision
 from .precision_report import plot_precision, precision_report
+from .report import tips_report
+from .report_view import TipsReport
 from .resize import ProgressiveResize
 from .resolution import PILImageDraft, find_bs
 from .sample import sample_images, lite0_weights
@@ -35,6 +38,7 @@ from .separable import DepthwiseSeparableConv
 from .stages import Stage
 from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder
+from .tips import TIPS, Tip, block_with
 from .xla import start_xla
 
 # %% ../nbs/99_all.ipynb #e7ea28c6
@@ -43,4 +47,5 @@ _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'ski
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
          'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on',
-         'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla']
+         'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla',
+         'tips_report', 'TipsReport', 'TIPS', 'Tip', 'block_with']

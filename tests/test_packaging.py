@@ -57,14 +57,14 @@ def test_metadata(meta, wheel):
     for e in ('albumentations','tpu','distributed','demo'): assert of(e)==listed(f'{e}_requirements')
     assert of('dev')==listed('dev_requirements') | listed('demo_requirements')
     entry = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
-    assert '[nbdev]\nfastai_tricks = fastai_tricks._modidx:d' in entry
+    assert '[nbdev]\nfastai_tricks = fastai_tricks._modidx:d' in entry and '[console_scripts]\nfastai-tricks = fastai_tricks.cli:main' in entry
 
 def test_one_name_and_all_dynamic_fields_set(meta):
     project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
     assert project['name']==settings()['lib_name']==fastai_tricks.__name__
     field = {'version':'Version','description':'Summary','license':'License','authors':'Author-email','keywords':'Keywords','classifiers':'Classifier',
              'dependencies':'Requires-Dist','optional-dependencies':'Provides-Extra','readme':'Description-Content-Type'}
-    # The scripts are none, the entry points are asked for above
+    # Scripts and entry points are asked for above
     assert not [d for d in project['dynamic'] if d not in ('scripts','entry-points') and not meta[field[d]]]
 
 def test_sample_images(tmp_path):
