@@ -57,7 +57,7 @@ def _environment():
 class _Data:
     "What all trainings share: loaders, items, splits; looked at before anything starts"
     def __init__(self, block, source, bs, data):
-        self.loaders = isinstance(block, DataLoaders)
+        self.loaders,self.chance = isinstance(block, DataLoaders),None
         if self.loaders:
             _check(isinstance(block.train, TfmdDL), 'dblock_or_dls', block, "a DataBlock or loaders of fastai's")
             _check(source is None, 'source', source, 'left out where loaders are given')
@@ -74,6 +74,7 @@ class _Data:
         _check(self.n>=2*self.classes, what, f'{self.n} training images of {self.classes} classes', 'at least two images a class to train on')
         _check(2*bs<=self.n, 'bs', bs, f'at most half of the {self.n} training images')
         self.size = tuple(peek(self.dls.train)[0].shape[-2:])
+        self.least_valid = min(self.n_valid, max(200, 5*self.classes)) # With fewer a point is less than half an image
 
     def _read(self, block, source):
         try: items = (block.get_items or noop)(source)
@@ -87,13 +88,14 @@ class _Data:
         few = [c for c in vocab if have.get(c, 0)<2]
         _check(not few, 'source', f'few training images of {", ".join(map(str, few[:5]))} ({", ".join(str(have.get(c, 0)) for c in few[:5])})', 'one with at least two training images of each class')
         self.items,self.dblock,self.labels = items,fixed_block(block, items, splits, vocab),labels
+        self.chance = max(labels.counts(splits[1]).values(), default=0)/max(1, len(splits[1]))
 
 def _vocab(dls): return dls.vocab[-1] if isinstance(first(dls.vocab), (list,L,CategoryMap)) else dls.vocab
 
 # %% ../nbs/70_report.ipynb #34a0a803
 def _needed(bench, paces, batches):
     "Seconds that the trainings of these variants need at least"
-    each = {k:_least*_batches*batches[k]*p['image'] + p['setup'] + _points*min(bench.data.n_valid, 2*bench.data.bs)*p['valid'] for k,p in paces.items()}
+    each = {k:_least*_batches*batches[k]*p['image'] + p['setup'] + _points*bench.data.least_valid*p['valid'] for k,p in paces.items()}
     return len(bench.seeds)*(sum(each.values()) + min(bench.steps, max(0, len(paces)-2))*max(each.values()))
 
 def _check_time(bench, seconds, rough=1):
@@ -138,7 +140,7 @@ def _look(bench, tips):
     _check_time(bench, seconds + _needed(bench, paces, {'baseline':data.bs} | {t.name:bench.batch([t]) for t in found}))
     runs = len(bench.seeds)*(len(paces) + min(bench.steps, max(0, len(found)-1)))
     _,of_valid = split_time(60*bench.minutes-seconds, runs, np.mean([p['setup'] for p in paces.values()]), data.n_valid*paces['baseline']['valid'])
-    valid = None if of_valid==1 else sorted(np.random.default_rng(0).permutation(data.n_valid)[:max(min(data.n_valid, 2*data.bs), int(of_valid*data.n_valid))].tolist())
+    valid = None if of_valid==1 else sorted(np.random.default_rng(0).permutation(data.n_valid)[:max(data.least_valid, int(of_valid*data.n_valid))].tolist())
     return dict(seconds=seconds, paces=paces, left_out=left_out, valid=valid, tips=[{k:v for k,v in asdict(t).items() if k!='names'} for t in found])
 
 def _seconds_of(bench, i, variants):
@@ -240,7 +242,7 @@ def tips_report(
         metric_name = mk_metric(metric).name
         lower = any(o in metric_name for o in ('loss','error'))
         settings = dict(code=recipe.code(_least), minutes=minutes, tips=[t.name if isinstance(t, Tip) else t for t in names], seeds=seeds, metric=metric_name, level=level, small=small, steps=steps, lower=lower,
-            arch=arch if isinstance(arch, str) else arch.__name__, fit=recipe.fit, bs=data.bs, size=list(data.size), train=data.n, valid=data.n_valid, classes=data.classes,
+            arch=arch if isinstance(arch, str) else arch.__name__, fit=recipe.fit, bs=data.bs, size=list(data.size), chance=data.chance if metric_name=='accuracy' else None, train=data.n, valid=data.n_valid, classes=data.classes,
             items=_crc(data.items), transforms=[[type(f).__name__, str(getattr(f, 'size', None))] for f in [*data.dls.train.after_item.fs, *data.dls.train.after_batch.fs]])
         _same_settings(settings, out, resume)
         return _report(_Bench(data, recipe, minutes, list(range(seeds)), steps, out, clock, free), names, settings)
@@ -264,6 +266,8 @@ def _report(bench, names, settings):
     if bench.tips:
         favourite = tips or [max(bench.tips, key=lambda t: bench.gains(t.name, lower))]
         _confirm(bench, ' + '.join(best) or favourite[0].name, favourite, seconds[-1])
+        # With the new seeds it may have gained nothing after all
+        if best and bench.gains(' + '.join(best), lower, {r['seed'] for r in bench.runs})<=0: best,tips = [],[]
     used = [r for r in bench.runs if r['name'] in (' + '.join(best), 'baseline' if not best else None)]
     epochs = max(2, round(np.mean([r['images'] for r in used])/bench.data.n))
     order = {k:i for i,k in enumerate(variants)}

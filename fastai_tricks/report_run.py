@@ -190,6 +190,8 @@ class _Bench:
         progress.next()
         return self.runs[-1]
 
-    def gains(self, name, lower):
-        diffs = [self.saved(name, s)['score']-self.saved('baseline', s)['score'] for s in self.seeds]
+    def gains(self, name, lower, seeds=None):
+        "Mean difference to the baseline; higher is better"
+        pairs = [(self.saved(name, s),self.saved('baseline', s)) for s in seeds or self.seeds]
+        diffs = [a['score']-b['score'] for a,b in pairs if a and b]
         return (-1 if lower else 1)*float(np.mean(diffs))
