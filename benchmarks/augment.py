@@ -128,11 +128,8 @@ def summary(runs, base='aug_transforms'):
     return res
 
 def compare(a):
-    files, valid = photos(a.data, a.per_class, a.valid_per_class)
-    classes = sorted({f.parent.name for f in files})[:a.classes]
-    keep = [i for i,f in enumerate(files) if f.parent.name in classes]
-    files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
-    settings = dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=len(classes), size=a.size, bs=a.bs, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid))
+    files, valid = photos(a.data, a.per_class, a.valid_per_class, classes=a.classes)
+    settings = dict(model='tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=len({f.parent for f in files}), size=a.size, bs=a.bs, fine_tune=a.epochs, train=len(files)-len(valid), valid=len(valid))
     runs = load('accuracy', settings)
     names = a.variants or list(variants(a.size))
     for seed in range(a.seeds):

@@ -12,10 +12,10 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock, Learner, Resize, aug_transforms, vision_learner
 
 
-def photos(path, per_class, valid_per_class, seed=0):
-    "Files and the indices of the validation set: the same for every run, at most so many a class"
+def photos(path, per_class, valid_per_class, seed=0, classes=None):
+    "Files and the indices of the validation set: the same for every run, at most so many a class, of the first `classes` or all"
     files, valid, rng = [], [], random.Random(seed)
-    for folder in sorted(p for p in Path(path).iterdir() if p.is_dir()):
+    for folder in sorted(p for p in Path(path).iterdir() if p.is_dir())[:classes]:
         fs = sorted(get_image_files(folder))
         rng.shuffle(fs)
         n_valid = min(valid_per_class, len(fs)//3)

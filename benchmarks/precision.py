@@ -60,11 +60,8 @@ def fine_tune(dtype, seed, files, valid, a):
     return float(learn.recorder.values[-1][2]), float(learn.recorder.values[-1][1])
 
 def compare(a):
-    files, valid = photos(a.data, a.per_class, a.valid_per_class)
-    classes = sorted({f.parent.name for f in files})[:a.classes]
-    keep = [i for i,f in enumerate(files) if f.parent.name in classes]
-    files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
-    settings = dict(model='resnet18, weights given' if a.weights else 'tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=len(classes), size=a.size, fine_tune=a.epochs, lr=a.lr, train=len(files)-len(valid), valid=len(valid))
+    files, valid = photos(a.data, a.per_class, a.valid_per_class, classes=a.classes)
+    settings = dict(model='resnet18, weights given' if a.weights else 'tf_efficientnet_lite0, ImageNet weights', data=Path(a.data).name, classes=len({f.parent for f in files}), size=a.size, fine_tune=a.epochs, lr=a.lr, train=len(files)-len(valid), valid=len(valid))
     others = [o for o in results(a).get('accuracy', []) if o['settings']!=settings]
     runs = next((o['runs'] for o in results(a).get('accuracy', []) if o['settings']==settings), [])
     for seed in range(len(runs), a.seeds):

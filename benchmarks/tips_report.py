@@ -28,10 +28,7 @@ def main():
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--out', type=Path, default=Path(tempfile.gettempdir())/'tips_report')
     a = p.parse_args()
-    files, valid = photos(a.data, a.per_class, a.valid_per_class)
-    classes = set(sorted({f.parent.name for f in files})[:a.classes])
-    keep = [i for i,f in enumerate(files) if f.parent.name in classes]
-    files, valid = [files[i] for i in keep], [j for j,i in enumerate(keep) if i in set(valid)]
+    files, valid = photos(a.data, a.per_class, a.valid_per_class, classes=a.classes)
     dblock = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter(valid), item_tfms=Resize(a.size), batch_tfms=aug_transforms())
     os.chdir(lite0_weights().parent) # So that no path of this machine stands in the results
     report = tips_report(dblock, files, 'tf_efficientnet_lite0', a.minutes, a.tips, a.seeds, bs=a.bs, out=a.out, data=dict(num_workers=0),
