@@ -1,0 +1,197 @@
+"`fit_head` and `fit_fast` with other networks and callbacks, and what they leave behind"
+import pytest, timm, torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation
+from fastai.metrics import accuracy
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, Learner, MultiCategoryBlock, RandomSplitter, Resize, aug_transforms, get_image_files, load_learner, params,
+                               parent_label, resnet18, set_seed, vision_learner)
+from torch import nn
+import fastai_tricks.all as ft
+from fastai_tricks.fast import _KeepStatistics
+from fastai_tricks.test_utils import sizes_seen, tiny_learner
+
+def block(y=CategoryBlock, get_y=parent_label): return DataBlock((ImageBlock, y), get_y=get_y, splitter=RandomSplitter(seed=0), item_tfms=Resize(64), batch_tfms=aug_transforms())
+
+FILES = [f for d in sorted(ft.sample_images().ls())[:5] for f in sorted(get_image_files(d))[:16]]
+
+@pytest.fixture(scope='module')
+def dls(): return block().dataloaders(FILES, bs=16, num_workers=0)
+
+def quiet(learn, f, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): return f(*args, **kw)
+
+def made(dls, arch='resnet18'):
+    "A frozen network, as `vision_learner` makes one of pretrained weights"
+    set_seed(0)
+    learn = vision_learner(dls, resnet18 if arch=='resnet18' else arch, pretrained=False, metrics=accuracy)
+    learn.freeze()
+    return learn
+
+def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
+
+def stats(learn): return {n: m.running_mean.clone() for n, m in learn.model[0].named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+class Modes(Callback):
+    "Sizes and modes of what the model received in training"
+    order = 100
+    def __init__(self): self.norm, self.head, self.lrs = set(), set(), []
+    def after_pred(self):
+        if not self.training: return
+        self.norm |= {m.training for m in self.model[0].modules() if isinstance(m, nn.BatchNorm2d)}
+        self.head |= {m.training for m in self.model[1].modules() if isinstance(m, nn.BatchNorm1d)}
+        self.lrs.append([float(h['lr']) for h in self.opt.hypers])
+
+def test_head_first_then_all(dls, capsys):
+    learn, modes = made(dls), Modes()
+    learn.add_cb(modes)
+    was, mean, opt = state(learn.model), stats(learn), learn.opt
+    with learn.no_bar(): learn.fit_fast(1)
+    assert modes.norm=={False} and modes.head=={True}
+    now = learn.model.state_dict()
+    for n, m in stats(learn).items(): assert torch.equal(m, mean[n]), n
+    assert all(not torch.equal(was[n], now[n]) for n, p in learn.model.named_parameters()) # All of it is trained
+    assert max(r[0] for r in modes.lrs)==pytest.approx(1e-4, rel=.01) and max(r[-1] for r in modes.lrs)==pytest.approx(3e-4, rel=.01)
+    out = capsys.readouterr().out
+    assert 'fit_fast: head first (10 epochs on kept features), 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics, to_mixed' in out
+    assert not [cb for cb in learn.cbs if isinstance(cb, (_KeepStatistics, ft.ProgressiveResize))]
+    modes.norm.clear()
+    quiet(learn, learn.fit, 1)
+    assert modes.norm=={True} # Of that fit alone
+
+def test_from_scratch(dls, capsys):
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    with sizes_seen(learn) as seen, learn.no_bar(): learn.fit_fast(4, mixed=False)
+    assert {s[1:] for s in seen if s[0]}=={(32,32),(64,64)} and {s[1:] for s in seen if not s[0]}=={(64,64)}
+    out = capsys.readouterr().out
+    assert 'fit_fast: 4 epochs of the whole network, rates up to 0.004, small images first' in out and 'head' not in out
+
+def test_body_runs_once(dls):
+    learn, n = made(dls), []
+    h = learn.model[0].register_forward_hook(lambda m, i, o: n.append((len(i[0]), m.training, torch.is_grad_enabled())))
+    quiet(learn, learn.fit_head, 5)
+    h.remove()
+    assert sum(o[0] for o in n)==len(dls.train_ds)+len(dls.valid_ds) and {o[1:] for o in n}=={(False,False)}
+
+def test_head_learns(dls):
+    learn = made(dls)
+    dl = dls.test_dl(dls.train_ds.items, with_labels=True)
+    before = quiet(learn, learn.validate, dl=dl)[0]
+    quiet(learn, learn.fit_head, 20)
+    assert quiet(learn, learn.validate, dl=dl)[0] < .7*before
+
+@pytest.mark.parametrize('arch', ['resnet10t','convnext_atto','vit_tiny_patch16_224'])
+def test_plain_timm(dls, arch):
+    kw = dict(img_size=64) if arch.startswith('vit') else {}
+    def split(m):
+        head = list(m.get_classifier().parameters())
+        return [[p for p in m.parameters() if not any(p is o for o in head)], head]
+    learn = Learner(dls, timm.create_model(arch, num_classes=dls.c, **kw), splitter=split, metrics=accuracy)
+    learn.freeze()
+    body = {k: v for k, v in state(learn.model).items()}
+    quiet(learn, learn.fit_head, 1)
+    changed = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, body[k])}
+    names = {n for n, p in learn.model.named_parameters() if any(p is o for o in learn.model.get_classifier().parameters())}
+    assert changed==names
+    quiet(learn, learn.fit_fast, 1)
+    assert len(learn.get_preds()[0])==len(dls.valid_ds)
+
+def test_several_labels():
+    data = block(MultiCategoryBlock, lambda o: [parent_label(o)]).dataloaders(FILES[::2], bs=8, num_workers=0)
+    learn = vision_learner(data, resnet18, pretrained=False)
+    learn.freeze()
+    quiet(learn, learn.fit_fast, 1)
+
+def test_masks_are_refused():
+    from fastai.vision.all import MaskBlock, PILMask
+    import numpy as np
+    data = DataBlock((ImageBlock, MaskBlock(['a','b'])), get_y=lambda o: PILMask.create(np.zeros((64,64), dtype=np.uint8)), item_tfms=Resize(64)).dataloaders(FILES[:16], bs=4, num_workers=0)
+    learn = Learner(data, nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    with pytest.raises(ValueError, match='`learn.dls` must be loaders with one target an image'): learn.fit_head(1)
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_workers(workers):
+    data = block().dataloaders(FILES[::2], bs=8, num_workers=workers)
+    learn = made(data)
+    quiet(learn, learn.fit_fast, 1, mixed=False)
+
+@pytest.mark.parametrize('cb', [lambda: MixUp(), lambda: GradientAccumulation(32), lambda: ft.ProgressiveResize(mult=16), lambda: ft.WatchCAM(n=2)], ids=['mixup','accumulation','resize','cam'])
+def test_with_others(dls, cb):
+    learn = made(dls)
+    loss = learn.loss_func
+    quiet(learn, learn.fit_fast, 1, mixed=False, cbs=[cb()])
+    assert len(learn.get_preds()[0])==len(dls.valid_ds) and learn.loss_func is loss
+    assert len(learn.tta(n=1)[0])==len(dls.valid_ds)
+
+def test_in_sixteen_bits(dls):
+    learn = made(dls).to_mixed(torch.bfloat16)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_fast(1)
+    assert [cb for cb in learn.cbs if isinstance(cb, ft.DeviceMixedPrecision)] # Chosen by the user, it stays
+    assert {p.dtype for p in learn.model.parameters()}=={torch.float32}
+
+@pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('when', ['features', 'head', 'all'])
+def test_left_as_found(dls, when, ex, monkeypatch):
+    class Boom(Callback):
+        order = 100
+        def before_batch(self):
+            if (when=='all')==self.training: raise ex('boom')
+    learn = made(dls)
+    was, frozen, layers = state(learn.model), learn.opt.frozen_idx, [n for n, _ in learn.model.named_modules()]
+    cbs, pipes = [cb.name for cb in learn.cbs], [list(map(id, dl.after_item.fs)) for dl in dls.loaders]
+    if when=='head':
+        import fastai_tricks.fast as fast
+        def broken(*args): raise ex('boom')
+        monkeypatch.setattr(fast, '_train_head', broken)
+    boom = Boom()
+    with pytest.raises(ex), learn.no_bar(), learn.no_logging():
+        if when=='all': learn.fit_fast(1, cbs=boom)
+        else:
+            with learn.added_cbs(boom if when=='features' else []): learn.fit_fast(1)
+    assert [n for n, _ in learn.model.named_modules()]==layers
+    assert sorted(cb.name for cb in learn.cbs if cb.name!='progress')==sorted(n for n in cbs if n!='progress')
+    assert [list(map(id, dl.after_item.fs)) for dl in dls.loaders]==pipes and dls.train_ds.split_idx==0
+    if when!='all':
+        assert all(torch.equal(v, was[k]) for k, v in learn.model.state_dict().items()) and learn.opt.frozen_idx==frozen
+
+def test_export(dls, tmp_path):
+    learn = made(dls)
+    learn.path = tmp_path
+    quiet(learn, learn.fit_fast, 1)
+    learn.export('l.pkl')
+    dl = dls.test_dl(dls.valid_ds.items)
+    with load_learner(tmp_path/'l.pkl').no_bar() as loaded: assert torch.allclose(loaded.get_preds(dl=dl)[0], learn.get_preds(dl=dl)[0], atol=1e-4)
+
+def test_same_seed_same_result(dls):
+    res = []
+    for _ in range(2):
+        learn = made(dls)
+        set_seed(3, reproducible=True)
+        quiet(learn, learn.fit_head, 2)
+        res.append(state(learn.model[1]))
+    assert all(torch.equal(v, res[1][k]) for k, v in res[0].items())
+
+def test_no_head_to_be_found(dls, capsys):
+    "Chosen by default it is left out with the reason; asked for it is an error"
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.out = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU()), nn.Conv2d(8, dls.c, 3)
+        def forward(self, x): return self.out(self.body(x)).mean((2,3))
+    def learner():
+        learn = Learner(dls, Odd(), splitter=lambda m: [params(m.body), params(m.out)])
+        learn.freeze()
+        return learn
+    learn = learner()
+    with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    assert 'no head first: `learn.model` must end in a linear layer' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='must end in a linear layer'): learner().fit_fast(1, head=3)
+
+@pytest.mark.parametrize('bad', [dict(epochs=-1), dict(epochs=1.5), dict(lr=0), dict(head=-1), dict(head='yes'), dict(keep_bn=2), dict(resize=.5), dict(mixed='fp16')])
+def test_bad_input(dls, bad):
+    learn = made(dls)
+    was = state(learn.model)
+    with pytest.raises(ValueError, match=f'`{list(bad)[0]}` must be'): learn.fit_fast(**{'epochs': 1, **bad})
+    assert all(torch.equal(v, was[k]) for k, v in learn.model.state_dict().items())
+
+def test_nothing_to_do():
+    with pytest.raises(ValueError, match='`epochs` must be'): tiny_learner().fit_fast(0)
