@@ -77,8 +77,8 @@ def test_links_and_anchors(seen, url):
             if to.endswith('/'): to += 'index.html'
             if to in seen: ok = not anchor or unquote(anchor) in seen[to]['ids']
             else: ok = (SITE/unquote(to[len(url):])).is_file()
-            if not ok: bad.add((u,href))
-    assert not bad
+            if not ok: bad.add(f'{u} -> {href}')
+    assert not bad, '\n'.join(sorted(bad))
 
 def test_pictures(seen): assert not {u:o['lost'] for u,o in seen.items() if o['lost']}
 
