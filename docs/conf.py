@@ -10,8 +10,8 @@ myst_heading_anchors = 4
 myst_heading_slug_func = 'docutils.nodes.make_id'
 # Quotes in text are often those of code
 smartquotes = False
-# Titles of the API are of level 3 wherever they stand; a page may stand under two tips
-suppress_warnings = ['myst.header', 'toc.multiple']
+# Titles of the API are of level 3 wherever they stand
+suppress_warnings = ['myst.header']
 
 html_theme = 'furo'
 html_static_path = ['static']
