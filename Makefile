@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 DATA ?=
 
-.PHONY: demo test test-xla readme pages bench clean
+.PHONY: demo test test-xla docs test-docs readme pages bench clean
 
 .venv/ok: settings.ini setup.py pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
@@ -22,6 +22,16 @@ test: .venv/ok ## export in sync, pages clean, pages, tests, wheel
 
 test-xla: .venv-xla/ok ## the TPU's tests and page, on eight virtual cores, in an environment of their own
 	PATH="$(CURDIR)/.venv-xla/bin:$$PATH" bash tests/run_xla.sh
+
+.venv/docs: .venv/ok
+	$(PY) -m pip install -q -e '.[docs]'
+	touch $@
+
+docs: .venv/docs ## the documentation in _docs/index.html, without a network
+	PYTHONWARNINGS=ignore $(PY) tools/docs.py
+
+test-docs: docs ## builds the documentation and opens every page of it in Chromium
+	$(PY) -m pytest -q tests/test_docs.py
 
 readme: .venv/ok ## README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
@@ -50,4 +60,4 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, d
 	$(if $(DATA),$(PY) benchmarks/tips_report.py --data "$(DATA)")
 
 clean:
-	rm -rf .venv .venv-xla build dist demo *.egg-info
+	rm -rf .venv .venv-xla _proc _docs build dist demo *.egg-info

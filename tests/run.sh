@@ -16,5 +16,5 @@ echo '== pages'
 nbdev-test --n-workers 0 --timing
 
 echo '== tests'
-# One thread each: networks this small gain nothing by a second
-OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests
+# One thread each: networks this small gain nothing by a second. The site has a run of its own, `make test-docs`
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --ignore tests/test_docs.py tests
