@@ -17,7 +17,7 @@ test: .venv/ok ## export in sync, pages clean, pages, tests, wheel
 
 .venv-xla/ok: settings.ini setup.py pyproject.toml
 	test -x .venv-xla/bin/python || python3 -m venv .venv-xla
-	.venv-xla/bin/python -m pip install -q -e '.[dev,tpu]' 'torch==2.9.*' 'torchvision==0.24.*' 'torch_xla==2.9.0'
+	.venv-xla/bin/python -m pip install -q --no-cache-dir -e '.[dev,tpu]' 'torch==2.9.*' 'torchvision==0.24.*' 'torch_xla==2.9.0'
 	touch $@
 
 test-xla: .venv-xla/ok ## the TPU's tests and page, on eight virtual cores, in an environment of their own
