@@ -51,7 +51,7 @@ def test_head_first_then_all(dls, capsys):
     now = learn.model.state_dict()
     for n, m in stats(learn).items(): assert torch.equal(m, mean[n]), n
     assert all(not torch.equal(was[n], now[n]) for n, p in learn.model.named_parameters()) # All of it is trained
-    assert max(r[0] for r in modes.lrs)==pytest.approx(1e-4, rel=.01) and max(r[-1] for r in modes.lrs)==pytest.approx(3e-4, rel=.01)
+    assert max(r[0] for r in modes.lrs)==pytest.approx(1e-4, rel=.05) and max(r[-1] for r in modes.lrs)==pytest.approx(3e-4, rel=.05)
     out = capsys.readouterr().out
     assert 'fit_fast: head first (10 epochs on kept features), 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics, to_mixed' in out
     assert not [cb for cb in learn.cbs if isinstance(cb, (_KeepStatistics, ft.ProgressiveResize))]
