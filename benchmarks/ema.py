@@ -11,7 +11,7 @@ from pathlib import Path
 from time import process_time
 
 import timm
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 from fastai.metrics import accuracy
 from fastai.vision.all import Learner, vision_learner
 from fastai_tricks.all import EMA, lite0_weights, sample_images
@@ -19,9 +19,9 @@ from fastai_tricks.ema import all_tensors, copies, update_average
 
 from common import environment, loaders, photos, write_results
 
-SCRATCH = dict(model='resnet10t', size=64, epochs=6, bs=16, per_class=10, valid_per_class=6, lr=2e-3)
+SCRATCH = dict(model='resnet10t', size=32, epochs=6, bs=16, per_class=10, valid_per_class=6, lr=2e-3)
 REGIMES = {'from scratch, one-cycle': dict(fit='fit_one_cycle', **SCRATCH), 'from scratch, constant rate': dict(fit='fit', **SCRATCH),
-           'fine-tuning': dict(model='tf_efficientnet_lite0', fit='fine_tune', size=96, epochs=3, bs=8, per_class=10, valid_per_class=10, classes=12, lr=2e-3)}
+           'fine-tuning': dict(model='tf_efficientnet_lite0', fit='fine_tune', size=64, epochs=3, bs=8, per_class=8, valid_per_class=12, classes=10, lr=2e-3)}
 
 
 class Clock(Callback):
@@ -31,6 +31,12 @@ class Clock(Callback):
     def before_train(self): self.began = process_time()
     def after_step(self): self.steps += 1
     def after_train(self): self.seconds += process_time() - self.began
+
+
+class OnlyLastValidation(Callback):
+    "None during the fit: those that are compared come after it"
+    def before_validate(self):
+        if not self.learn.lock.locked(): raise CancelValidException()
 
 
 class LastWeights(Callback):
@@ -46,7 +52,7 @@ def train(cfg, files, valid, seed, average, num_workers):
     else: learn = Learner(dls, timm.create_model(cfg['model'], num_classes=dls.c), metrics=accuracy)
     clock, last = Clock(), LastWeights()
     with learn.no_bar(), learn.no_logging():
-        with learn.added_cbs([clock] + [EMA(validate=False), last]*average): getattr(learn, cfg['fit'])(cfg['epochs'], cfg['lr'])
+        with learn.added_cbs([clock, OnlyLastValidation()] + [EMA(validate=False), last]*average): getattr(learn, cfg['fit'])(cfg['epochs'], cfg['lr'])
         loss, acc = learn.validate()
     res = dict(seed=seed, seconds=clock.seconds, steps=clock.steps)
     if not average: return dict(res, plain_loss=loss, plain=acc)

@@ -169,7 +169,8 @@ def test_after_an_error_the_own_weights(ex, ev, bar):
     learn.add_cb(ema)
     with learn.no_bar(): learn.validate()
     assert same(own(learn), zero)
-    assert same(fit(learn, 1).w0, zero)
+    w = fit(learn, 1)
+    assert same(w.w0, zero) and close(own(learn), by_hand(w.w0, w.ws))
 
 @pytest.mark.parametrize('ev', ['train','valid'])
 @pytest.mark.parametrize('ex', [CancelFitException,CancelEpochException,CancelTrainException,CancelValidException])
@@ -178,6 +179,8 @@ def test_cancelled(ex, ev):
     learn = tiny_learner(tiny_dls(bs=4))
     w = fit(learn, 3, [EMA(), Stop(ex, ev)])
     assert same(w.epochs[0], w.valid[1]) # An epoch of two validation batches
+    n = len(learn.dls.train)
+    if ex is not CancelFitException: assert close(w.epochs[1], by_hand(w.w0, w.ws[:n+1 if ev=='train' else 2*n]))
     assert not same(own(learn), w.ws[-1])
     expected = by_hand(w.w0, w.ws)
     assert torch.allclose(learn.model[3].weight.double(), expected['3.weight'], atol=1e-6)
@@ -192,14 +195,15 @@ def test_save_model_keeps_what_was_validated(tmp_path):
         saved = torch.load(tmp_path/'models'/f'model_{i}.pth', weights_only=True)
         assert all(torch.equal(saved[k], w.valid[i][k]) for k in saved)
 
-def test_save_model_loads_its_best_at_the_end(tmp_path):
+@pytest.mark.parametrize('cancel', [False,True])
+def test_save_model_loads_its_best_at_the_end(cancel, tmp_path):
     learn = tiny_learner()
     learn.path = tmp_path
     class Worse(Callback):
         "The first epoch is the best"
         order = 51
         def after_epoch(self): self.learn.recorder.values[-1] = [0,self.epoch]
-    w = fit(learn, 3, [EMA(), Worse(), SaveModelCallback()])
+    w = fit(learn, 3, [EMA(), Worse(), SaveModelCallback()] + [Stop(CancelFitException, 'train', 2)]*cancel)
     assert all(torch.equal(t, w.valid[0][k]) for k,t in own(learn).items())
 
 def test_early_stopping_ends_with_the_average():
