@@ -12,7 +12,7 @@ python3 -m venv "$dir/env"
 cd "$dir"
 unset PYTHONPATH
 env/bin/fastai-tricks --help
-# The first example of the README, one epoch of it on few pictures
+# The first example of the README, the beginning of an epoch of it
 env/bin/python - <<'PY'
 from fastai.vision.all import *
 from fastai_tricks.all import *
@@ -20,7 +20,7 @@ import fastai_tricks
 from importlib.metadata import version
 print('fastai_tricks', version('fastai_tricks'), 'is installed' if 'site-packages' in fastai_tricks.__file__ else f'comes from {fastai_tricks.__file__}')
 path = sample_images()
-dls = ImageDataLoaders.from_folder(path, valid_pct=.9, seed=1, img_cls=PILImageDraft, item_tfms=Resize(160), batch_tfms=aug_transforms(), bs=32, num_workers=0)
+dls = ImageDataLoaders.from_folder(path, valid_pct=.2, seed=1, img_cls=PILImageDraft, item_tfms=Resize(160), batch_tfms=aug_transforms(), bs=32, num_workers=0)
 learn = Learner(dls, xresnet34(n_out=dls.c), metrics=accuracy)
 learn.add_cb(ProgressiveResize())
 with learn.no_bar(): learn.fit_one_cycle(1, cbs=ShortEpochCallback(.05))
