@@ -1,8 +1,9 @@
 # Each target makes .venv and installs what it needs when it is not there
 PY := .venv/bin/python
 DATA ?=
+PAGES ?=
 
-.PHONY: demo test test-xla docs test-docs readme pages bench clean
+.PHONY: demo test test-xla docs test-docs readme pages bench dist clean
 
 .venv/ok: settings.ini setup.py pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
@@ -36,8 +37,13 @@ test-docs: docs ## builds the documentation and opens every page of it in Chromi
 readme: .venv/ok ## README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
 
-pages: .venv/ok ## run all pages and save their outputs
-	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh
+pages: .venv/ok ## run all pages and save their outputs; PAGES='nbs/NN_name.ipynb ...' those
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh $(PAGES)
+
+dist: .venv/ok ## sdist and wheel in dist/, and the wheel tried in a new environment, from outside the clone (torch is installed anew: minutes and gigabytes)
+	rm -rf dist build
+	$(PY) -m build
+	bash tools/try_dist.sh
 
 bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
 	$(PY) benchmarks/decode.py
@@ -48,6 +54,7 @@ bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, d
 	$(PY) benchmarks/cam.py bias
 	$(PY) benchmarks/cam.py speed
 	for part in convert recover speed; do $(PY) benchmarks/depthwise.py $$part; done
+	$(PY) benchmarks/ema.py $(if $(DATA),--data "$(DATA)")
 	$(PY) benchmarks/subset.py
 	for part in '' --decode; do $(PY) benchmarks/distributed.py $$part; done
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")

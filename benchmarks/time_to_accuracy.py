@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.metrics import accuracy
 from fastai.vision.all import vision_learner
 from fastai_tricks.all import lite0_weights, sample_images
-import fastai_tricks.fast
+
 from common import environment, loaders, photos, write_results
 
 FILE = Path(__file__).with_suffix('.json')

@@ -8,14 +8,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError',
            'sample_images', 'lite0_weights', 'Stage', 'linear_scaled_lr', 'plot_schedule', 'schedule_table',
            'zero_gamma', 'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-           'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM',
+           'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'EMA', 'GradCAM',
            'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game', 'class_ladder',
            'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb',
            'accuracy_on', 'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla',
            'tips_report', 'TipsReport', 'TIPS', 'Tip', 'block_with']
 
 # %% ../nbs/99_all.ipynb #17729b5d
-import fastai_tricks.head, fastai_tricks.show_augs
+import fastai_tricks.fast, fastai_tricks.head, fastai_tricks.show_augs
 from .augment import AlbumentationsTfm, albu_transforms
 from .background import alpha_mask, background_metrics, background_share, pointing_game
 from .cam import GradCAM, WatchCAM
@@ -24,6 +24,7 @@ from .depthwise import to_depthwise
 from .depthwise_report import depthwise_report, plot_depthwise
 from .distill import Distill
 from .distributed import host_cores_needed, join_processes
+from .ema import EMA
 from .evaluate import CrossValidation, cross_validate
 from .files import resized_copies, skip_corrupt, CorruptImagesError
 from .precision import ChannelsLastBatch, DeviceMixedPrecision
@@ -45,7 +46,7 @@ from .xla import start_xla
 _all_ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 'skip_corrupt', 'CorruptImagesError', 'sample_images', 'lite0_weights', 'Stage',
          'linear_scaled_lr', 'plot_schedule', 'schedule_table', 'zero_gamma',
          'ChannelsLastBatch', 'DeviceMixedPrecision', 'plot_precision', 'precision_report',
-         'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
+         'DepthwiseSeparableConv', 'to_depthwise', 'depthwise_report', 'plot_depthwise', 'Distill', 'EMA', 'GradCAM', 'WatchCAM', 'alpha_mask', 'background_metrics', 'background_share', 'pointing_game',
          'class_ladder', 'cross_validate', 'CrossValidation', 'write_submission', 'submission_ids', 'all_columns', 'climb', 'Climb', 'accuracy_on',
          'AlbumentationsTfm', 'albu_transforms', 'host_cores_needed', 'join_processes', 'start_xla',
          'tips_report', 'TipsReport', 'TIPS', 'Tip', 'block_with']

@@ -167,7 +167,7 @@ def _plain(o):
     if isinstance(o, TensorBase): return o.as_subclass(Tensor)
     return o.item() if isinstance(o, np.generic) else o
 
-_cb_state = ('best','wait','count') # What `SaveModelCallback`, `EarlyStoppingCallback`, `GradientAccumulation` carry from epoch to epoch
+_cb_state = ('best','wait','count','averages','raw','n_averaged') # What `SaveModelCallback`, `EarlyStoppingCallback`, `GradientAccumulation`, `EMA` carry from epoch to epoch
 
 def get_state(
     learn:Learner, # With an optimiser; of several processes, in all of them

@@ -206,5 +206,6 @@ TIPS = dict(
     progressive=_progressive,
     mixed=_mixed,
     depthwise=_depthwise,
+    ema=lambda o: Tip('ema', learn='learn.add_cb(EMA())'),
     warmup=lambda o: Tip('warmup', code=f"learn.{'fine_tune_warmup' if o.tuning else 'fit_warmup_one_cycle'}(epochs)", fit=dict(fine_tune='fine_tune_warmup', fit_one_cycle='fit_warmup_one_cycle')),
     batch=lambda o: o.no_block or _batch(o))

@@ -17,7 +17,8 @@ CALLBACKS = dict(
     DeviceMixedPrecision=lambda: ft.DeviceMixedPrecision(torch.bfloat16),
     ChannelsLastBatch=ft.ChannelsLastBatch,
     Distill=lambda: ft.Distill(tiny_learner().model, features=['0']),
-    WatchCAM=lambda: ft.WatchCAM(n=2))
+    WatchCAM=lambda: ft.WatchCAM(n=2),
+    EMA=lambda: ft.EMA(.9))
 FASTAI = dict(MixUp=MixUp, CutMix=CutMix, GradientAccumulation=lambda: GradientAccumulation(16), ChannelsLast=ChannelsLast)
 MAKE = {**CALLBACKS, **FASTAI}
 # `Learner` sorts by `order`: with equal ones the order of adding counts
