@@ -45,7 +45,9 @@ dist: .venv/ok ## sdist and wheel in dist/, and the wheel tried in a new environ
 	$(PY) -m build
 	bash tools/try_dist.sh
 
-bench: .venv/ok ## the measurements: decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
+bench: .venv/ok ## the measurements: seconds until plain's score, decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
+	$(PY) benchmarks/time_to_accuracy.py scratch
+	$(if $(DATA),$(PY) benchmarks/time_to_accuracy.py tune --data "$(DATA)")
 	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/progressive_resize.py --regime batches
