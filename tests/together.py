@@ -51,8 +51,8 @@ TRICKS = {
     'ChannelsLastBatch':Trick('30_precision', worked=_has(ft.ChannelsLastBatch)),
     'to_depthwise':Trick('40_depthwise', learn=lambda learn: learn.to_depthwise(n=8), worked=lambda o: any(isinstance(m, ft.DepthwiseSeparableConv) for m in o.learn.model.modules())),
     'Distill':Trick('42_distill', learn=lambda learn: learn.add_cb(ft.Distill(deepcopy(learn.model))), worked=_has(ft.Distill)),
-    'fit_warmup_one_cycle':Trick('50_schedule', fit=lambda learn: learn.fit_warmup_one_cycle(2, warmup=1), worked=lambda o: o.learn.recorder.lrs[0]<o.learn.recorder.lrs[1]),
-    'fine_tune_warmup':Trick('50_schedule', fit=lambda learn: learn.fine_tune_warmup(1, freeze_epochs=1, warmup=.5), worked=lambda o: o.learn.recorder.lrs[0]<o.learn.recorder.lrs[1]),
+    'fit_warmup_one_cycle':Trick('50_schedule', fit=lambda learn: learn.fit_warmup_one_cycle(2, warmup=1), worked=lambda o: o.lrs[0]<o.lrs[1]),
+    'fine_tune_warmup':Trick('50_schedule', fit=lambda learn: learn.fine_tune_warmup(1, freeze_epochs=1, warmup=.5), worked=lambda o: o.lrs[0]<o.lrs[1]),
     'WatchCAM':Trick('61_cam', worked=lambda o: bool(o.learn.watch_cam.rows)),
     'background_metrics':Trick('62_background', learn=lambda learn: setattr(learn, 'metrics', [*learn.metrics, *ft.background_metrics(_box, n=4)]), worked=lambda o: 'background_share' in o.learn.recorder.metric_names),
     'grow_head':Trick('23_head', worked=lambda o: type(o.learn.model[-1]).__name__=='GrownLinear'),
@@ -77,6 +77,7 @@ REMARKS = {
     ('fit_stages','fit_warmup_one_cycle'):'As the `fit` of a `Stage`, a function of the Learner',
     ('fit_stages','fine_tune_warmup'):'As the `fit` of a `Stage`, a function of the Learner',
     ('to_mixed','background_metrics'):'The maps are made in fp32',
+    ('background_metrics','climb'):'Seen in the epochs of each fold; NaN in the table of `climb`, which has its scores from the pass that predicts',
     ('grow_head','climb'):'`climb` grows the head itself, rung by rung',
 }
 # One or the other
@@ -104,7 +105,6 @@ def model(c):
 
 def _body_head(m): return [params(m[:2]),params(m[2:])]
 def _validates(f): return f.stem in ('1','2') # The broken one trains
-def _watch(o): o.handle = o.learn.model[0].register_forward_hook(lambda m,i,out: o.seen.append((m.training, i[0].shape[-2], out.dtype)))
 
 def use(names, photos, out, within=lambda learn: nullcontext()):
     "Train with these tricks together, in a context of the Learner; what there is to look at"
@@ -116,19 +116,25 @@ def use(names, photos, out, within=lambda learn: nullcontext()):
     block = DataBlock((ImageBlock(kw['img_cls']),CategoryBlock), get_y=parent_label, splitter=FuncSplitter(_validates), item_tfms=kw['item_tfms'](), batch_tfms=Flip())
     for t in tricks:
         if t.dblock: block = t.dblock(block)
-    loaders = dict(bs=4, num_workers=0, device='cpu')
+    # A fold of the first rung has few images
+    loaders = dict(bs=2 if 'climb' in names else 4, num_workers=0, device='cpu')
 
     def make_learner(dls):
-        o.learn = learn = Learner(dls, model(dls.c), splitter=_body_head, metrics=[accuracy], path=out)
+        learn = Learner(dls, model(dls.c), splitter=_body_head, metrics=[accuracy], path=out)
         for n,t in zip(names, tricks):
             if t.learn: t.learn(learn)
             elif n in MAKE: learn.add_cb(MAKE[n]())
-        _watch(o)
+        o.handle = learn.model[0].register_forward_hook(lambda m,i,out: o.seen.append((m.training, i[0].shape[-2], out.dtype)))
         return learn
 
     fits = [t.fit for t in tricks if t.fit]
-    fit = fits[0] if fits else lambda learn: learn.fit_one_cycle(2)
-    if 'fit_stages' in names and len(fits)==2: fit = _stages(next(t.fit for n,t in zip(names, tricks) if t.fit and n!='fit_stages'), 2)
+    trains = fits[0] if fits else lambda learn: learn.fit_one_cycle(2)
+    if 'fit_stages' in names and len(fits)==2: trains = _stages(next(t.fit for n,t in zip(names, tricks) if t.fit and n!='fit_stages'), 2)
+    def fit(learn):
+        o.learn = learn
+        trains(learn)
+        o.lrs = list(learn.recorder.lrs) # A validation empties it
+
     if 'climb' in names: o.run = ft.climb(make_learner, block, o.files, rungs=[2,None], fit=fit, n_splits=2, folds=[0], out=out/'climb', **loaders)
     else:
         grows = 'grow_head' in names
