@@ -18,6 +18,7 @@ __all__ = ['ProgressiveResize', 'PILImageDraft', 'find_bs', 'resized_copies', 's
 import fastai_tricks.fast, fastai_tricks.head, fastai_tricks.show_augs
 from .augment import AlbumentationsTfm, albu_transforms
 from .background import alpha_mask, background_metrics, background_share, pointing_game
+from .block import block_with
 from .cam import GradCAM, WatchCAM
 from .climb import Climb, accuracy_on, climb
 from .depthwise import to_depthwise
@@ -39,7 +40,7 @@ from .separable import DepthwiseSeparableConv
 from .stages import Stage
 from .submission import all_columns, submission_ids, write_submission
 from .subset import class_ladder
-from .tips import TIPS, Tip, block_with
+from .tips import TIPS, Tip
 from .xla import start_xla
 
 # %% ../nbs/99_all.ipynb #e7ea28c6

@@ -18,7 +18,12 @@ from .folds import Folds, Progress, _check_cv, _check_kwargs, _check_tta, _count
 # %% ../nbs/21_evaluate.ipynb #b6f2663e
 class CrossValidation:
     "What `cross_validate` found; shows itself as a table"
-    def __init__(self, folds:Folds, records:dict, make_learner, out:Path):
+    def __init__(self,
+        folds:Folds, # Items, splits and loaders
+        records:dict, # For each fold its predictions and scores
+        make_learner:Callable, # As for `cross_validate`
+        out:Path, # Folder of the folds
+    ):
         store_attr()
         n,first = len(folds.rows),next(iter(records.values()))
         self.items,self.vocab = folds.items,folds.vocab
@@ -38,7 +43,9 @@ class CrossValidation:
     def _repr_html_(self): return self.table.to_html(float_format='%.4g', na_rep='', formatters={c:lambda o: '' if o!=o else f'{o:.0f}' for c in ('train','valid')})
     def __repr__(self): return self.table.to_string(float_format='%.4g', na_rep='')
 
-    def learner(self, fold:int)->Learner:
+    def learner(self,
+        fold:int, # Its number, from 0
+    )->Learner: # For whatever one does with a Learner
         "The Learner of a fold, with its weights"
         _check(fold in self.files, 'fold', fold, f'one of {list(self.files)}')
         record = self.out/f'fold-{fold}-oof.pth'

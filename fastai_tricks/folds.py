@@ -164,7 +164,8 @@ def _score(learn):
     act = getcallable(learn.loss_func, 'activation')
     if not isinstance(cb.preds, Tensor) or not isinstance(cb.targets, Tensor): raise ValueError('`dblock` must have one target, and the model one output')
     preds,targs = to_cpu(act(cb.preds)).as_subclass(Tensor),to_cpu(cb.targets).as_subclass(Tensor)
-    return preds.float(),targs,dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, scores)))
+    # A metric may have nothing to say where predictions are gathered, as those of `background_metrics`
+    return preds.float(),targs,dict(zip(['valid_loss', *learn.metrics.attrgot('name')], (math.nan if s is None else float(s) for s in scores)))
 
 def _joined(learn):
     "Of several processes each does its part"

@@ -8,15 +8,15 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report.html.md"""
 __all__ = ['combined', 'tips_report']
 
 # %% ../nbs/70_report.ipynb #87c83aed
-import difflib, gc, json, platform, shutil, time
+import difflib, gc, platform, time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 import timm
 from fastai.vision.all import *
-from .core import _check, _is_int, _plain, keep_random, peek
+from .core import _check, _is_int, keep_random, peek
 from .folds import Progress, _count, _crc
 from .labels import ItemLabels, _check_items, all_classes, fixed_block, stable_splits, vocab_order
-from .report_run import _Bench, _batches, _least, _points, _write, rotated, split_time
+from .report_run import _Bench, _batches, _least, _points, _same_settings, _write, rotated, split_time
 from .report_view import TipsReport
 from .tips import TIPS, Here, Recipe, Tip
 
@@ -183,20 +183,6 @@ def _confirm(bench, name, tips, seconds):
         seed += 1
 
 # %% ../nbs/70_report.ipynb #4a5a2d5d
-def _same_settings(settings, out, resume):
-    "Is what is in `out` of this report?"
-    file = out/'settings.json'
-    if not file.exists():
-        _check(not out.exists() or (out.is_dir() and not any(out.iterdir())), 'out', str(out), 'a new or an empty folder, or one of `tips_report`')
-        return _write(settings, file)
-    if not resume:
-        shutil.rmtree(out/'runs', ignore_errors=True)
-        for f in ('plan.json','report.json'): (out/f).unlink(missing_ok=True)
-        return _write(settings, file)
-    old,now = json.loads(file.read_text()),json.loads(json.dumps(_plain(settings)))
-    other = [f'{k} {old.get(k)!r}, not {v!r}' for k,v in now.items() if old.get(k)!=v]
-    if other: raise ValueError(f"`out` {str(out)!r} holds a report with other settings: {'; '.join(other)}. Choose another `out`, or start anew with resume=False")
-
 def _check_args(minutes, tips, seeds, metric, lr, bs, level, small, steps):
     _check(isinstance(minutes, (int,float)) and not isinstance(minutes, bool) and 0<minutes<math.inf, 'minutes', minutes, 'a number above 0')
     _check(_is_int(seeds) and seeds>0, 'seeds', seeds, 'a whole number, 1 or more')

@@ -8,12 +8,12 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report_run.html.md"""
 __all__ = ['epochs_that_fit', 'split_time', 'rotated', 'TrainClock', 'part_of']
 
 # %% ../nbs/74_report_run.ipynb #6fe8d77d
-import gc, json, time
+import gc, json, shutil, time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from fastai.vision.all import *
 from fastai.callback.data import PartialDL
-from .core import _plain
+from .core import _check, _plain
 from .folds import _ShowEpoch
 
 # %% ../nbs/74_report_run.ipynb #7bd3c1a6
@@ -101,6 +101,20 @@ def _write(obj, file):
     tmp.write_text(json.dumps(_plain(obj), indent=1) + '\n')
     os.replace(tmp, file)
     return json.loads(file.read_text())
+
+def _same_settings(settings, out, resume):
+    "Is what is in `out` of this report?"
+    file = out/'settings.json'
+    if not file.exists():
+        _check(not out.exists() or (out.is_dir() and not any(out.iterdir())), 'out', str(out), 'a new or an empty folder, or one of `tips_report`')
+        return _write(settings, file)
+    if not resume:
+        shutil.rmtree(out/'runs', ignore_errors=True)
+        for f in ('plan.json','report.json'): (out/f).unlink(missing_ok=True)
+        return _write(settings, file)
+    old,now = json.loads(file.read_text()),json.loads(json.dumps(_plain(settings)))
+    other = [f'{k} {old.get(k)!r}, not {v!r}' for k,v in now.items() if old.get(k)!=v]
+    if other: raise ValueError(f"`out` {str(out)!r} holds a report with other settings: {'; '.join(other)}. Choose another `out`, or start anew with resume=False")
 
 class _Bench:
     "Trains recipes on the same data, and keeps in a folder what came out"

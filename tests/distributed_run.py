@@ -30,7 +30,7 @@ from fastai_tricks.core import on_main
 from fastai_tricks.evaluate import cross_validate
 from fastai_tricks.stages import Stage
 from fastai_tricks.test_utils import tiny_learner
-import killed
+import killed, together
 from climb_run import kind, make_learner as climb_learner, noise
 from stages_run import STAGES, make_learner as stages_learner
 
@@ -251,6 +251,16 @@ def check_subset(folder):
     set_seed(int(time.time()*1000)%1000 + rank_distrib())
     d = db.class_subset(3, by='random', per_class=5).dataloaders(list(range(72)), bs=4, num_workers=0, device='cpu')
     return dict(vocab=list(d.vocab), train=list(d.train.items), valid=list(d.valid.items), ladder=ft.class_ladder(db, list(range(72)), (2,4), by='random'))
+
+def check_more(folder):
+    "Tricks that are in no other check, each alone"
+    photos,res = folder/'more photos',{}
+    with learner().accelerate_ctx(): on_main(together.images, photos)
+    for name in [k for k,v in together.WITH['accelerate_ctx'].items() if v=='test_more_tricks_train_alike']:
+        set_seed(30+rank_distrib())
+        o = together.use((name,), photos, folder/name, lambda learn: learn.accelerate_ctx())
+        res[name] = dict(weights=weights(o.learn), worked=bool(together.TRICKS[name].worked(o)))
+    return res
 
 WRITTEN = []
 _replace = os.replace

@@ -11,7 +11,7 @@ import distributed_run as run
 from distributed_run import CHECKS, N_VALID, free_port
 
 SCRIPT = Path(run.__file__)
-FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','resize','watch','left','callbacks','tools','refuse','subset','files']
+FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','resize','watch','left','callbacks','tools','refuse','subset','files','more']
 PAIRS = ['stages','stages:1:batch:9+stages','stages:0:renamed:2+stages:0:rename:3+stages','climb:1:batch:20+climb','climb:0:rename:4+climb','cv:0:renamed:3+cv']
 
 def environ(**kwargs):
@@ -123,6 +123,11 @@ def test_callbacks_together(both, folder):
     same(dict(saved), dict(learn.model.state_dict()))
     with learn.no_bar(), learn.no_logging(): preds = learn.get_preds(dl=learn.dls.test_dl(list(range(50-N_VALID, 50))))[0]
     same(preds, a['preds']['p'], 1e-6)
+
+def test_more_tricks_train_alike(both):
+    a,b = both('more')
+    same(a, b)
+    assert len(a)>8 and all(o['worked'] for o in a.values()), {k for k,o in a.items() if not o['worked']}
 
 def test_what_cannot_be_is_said_in_every_process_before_training(both):
     a,b = both('refuse')

@@ -1,11 +1,13 @@
 "The wheel holds all that the package needs, and says so"
-import configparser, shutil, subprocess, sys, zipfile
+import configparser, dataclasses, inspect, json, re, shutil, subprocess, sys, zipfile
 from email.parser import Parser
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
-from fastai.vision.core import PILImage
-import fastai_tricks
+from fastai.vision.all import DataBlock, DataLoaders, Learner, PILImage
+from fastcore.docments import docments
+import fastai_tricks, fastai_tricks.all as ft
+from fastai_tricks._modidx import d as index
 from fastai_tricks.sample import sample_images
 if sys.version_info >= (3,11): import tomllib
 else: tomllib = pytest.importorskip('tomli')
@@ -83,3 +85,60 @@ def test_sample_images_keeps_other_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()]==['mine.txt']
 
 def test_zip_is_small(): assert ZIP.stat().st_size<=6_000_000
+
+# Pages --------------------------------------------------------------------------
+CELLS = {f.stem:json.loads(f.read_text(encoding='utf-8'))['cells'] for f in sorted((ROOT/'nbs').glob('*.ipynb'))}
+NBS = [n for n in CELLS if n[0].isdigit() and n!='99_all']
+TIP_PAGES = [n for n in NBS if n[:2] in ('10','11','12','20','21','22','30','31','33','40','42','50','60','61','62')]
+HEADINGS = ['How to use it','How it works','What it was worth','When not to use it','What it goes with']
+SYMS = [k.split('.', 2)[2] for syms in index['syms'].values() for k in syms] # `Learner.to_mixed` for a patch
+PATCHED = dict(Learner=Learner, DataBlock=DataBlock, DataLoaders=DataLoaders)
+
+def src(c): return ''.join(c['source'])
+def text(n): return '\n'.join(src(c) for c in CELLS[n] if c['cell_type']=='markdown')
+def headings(n): return [m[1] for m in re.finditer(r'^#+ (.+)$', text(n), re.M)]
+# What a reader sees of the pages
+SHOWN = '\n'.join(src(c) for n in NBS for c in CELLS[n] if c['cell_type']=='markdown' or not re.match(r'#\|\s*(export|hide|default_exp)', src(c)))
+
+def public():
+    "Names of the API, and what they stand for"
+    res = {n:getattr(ft, n) for n in ft.__all__}
+    for n in SYMS:
+        cls,_,f = n.partition('.')
+        if cls in PATCHED and not f.startswith('_'):
+            o = inspect.getattr_static(PATCHED[cls], f)
+            res[n] = o.fget if isinstance(o, property) else o
+    return res
+
+def own_params(o):
+    "Those that its own code names: what is delegated is documented elsewhere"
+    if dataclasses.is_dataclass(o): return [f.name for f in dataclasses.fields(o)]
+    if inspect.isclass(o):
+        if '__init__' not in vars(o): return []
+        o = o.__init__
+    c = inspect.unwrap(o).__code__
+    return [p for p in c.co_varnames[:c.co_argcount + c.co_kwonlyargcount] if p not in ('self','cls') and not p.startswith('_')]
+
+@pytest.mark.parametrize('name', list(public()))
+def test_public_name_is_documented(name):
+    o = public()[name]
+    if callable(o):
+        assert name in SYMS and inspect.getdoc(o), 'exported by a page, with a docstring'
+        docs = docments(o, full=True)
+        assert not [p for p in own_params(o) if not (docs.get(p) or {}).get('docment')], 'a comment for each parameter'
+    assert re.search(rf"\b{name.split('.')[-1]}\b", SHOWN), 'used or told of in a page'
+
+@pytest.mark.parametrize('name', NBS)
+def test_page_has_title_and_subtitle(name):
+    first = CELLS[name][0]
+    assert first['cell_type']=='markdown' and re.match(r'# .+\n\n> .+', src(first))
+
+@pytest.mark.parametrize('name', TIP_PAGES)
+def test_tip_page_has_all_sections(name): assert not set(HEADINGS) - set(headings(name))
+
+@pytest.mark.parametrize('name', [*NBS, 'index'])
+def test_links_between_pages(name):
+    for file,anchor in re.findall(r'\]\(([^)#:\s]*)(?:#([^)\s]+))?\)', text(name)):
+        assert not file or (ROOT/'nbs'/file).exists(), file
+        page = Path(file).stem if file else name
+        if anchor: assert anchor in [re.sub('`', '', h).replace(' ', '-') for h in headings(page)], f'{file}#{anchor}'

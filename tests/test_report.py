@@ -13,12 +13,13 @@ from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastai_tricks import cli
+from fastai_tricks.block import block_with
 from fastai_tricks.report import tips_report
 from fastai_tricks.report_run import TrainClock, epochs_that_fit, part_of
 from fastai_tricks.report_view import TipsReport, interval, seconds_to, verdict
 from fastai_tricks.resolution import PILImageDraft
 from fastai_tricks.sample import sample_images
-from fastai_tricks.tips import TIPS, Recipe, Tip, block_with
+from fastai_tricks.tips import TIPS, Recipe, Tip
 from fastai_tricks.test_utils import tiny_dls
 import fastai_tricks.report_run as report_run
 
