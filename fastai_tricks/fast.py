@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/fast.html.md"""
 # %% auto #0
 __all__ = ['split_head']
 
-# %% ../nbs/75_fast.ipynb #1c6ba564
+# %% ../nbs/75_fast.ipynb #23b23641
 import math, time
 from copy import deepcopy
 from fastai.vision.all import *
@@ -20,7 +20,7 @@ from .core import _check, _is_int, on_main, peek, say, swapped
 from .head import last_layers
 from .resize import ProgressiveResize
 
-# %% ../nbs/75_fast.ipynb #a25e1923
+# %% ../nbs/75_fast.ipynb #8d8fc719
 def split_head(
     model:nn.Module, # Of `vision_learner`, timm or torchvision
     c:int, # Number of outputs
@@ -37,7 +37,7 @@ def split_head(
     holder,_,attr = name.rpartition('.')
     return model.get_submodule(holder),attr,nn.Identity(),found[0]
 
-# %% ../nbs/75_fast.ipynb #6338d293
+# %% ../nbs/75_fast.ipynb #be537bbf
 def _kept_features(learn, holder, name, kept):
     "Features `(n,f)` of the training images in evaluation mode, and their targets"
     dl,ctx = learn.dls.train.new(shuffle=False, drop_last=False),getattr(learn.dls.train.dataset, 'set_split_idx', None)
@@ -88,7 +88,7 @@ def fit_head(self:Learner,
         scores = dict(zip(['valid_loss', *self.metrics.attrgot('name')], self.validate()))
         say(self, f"fit_head: {', '.join(f'{k} {v:.4f}' for k,v in scores.items())}")
 
-# %% ../nbs/75_fast.ipynb #0dad3a0f
+# %% ../nbs/75_fast.ipynb #7b6fd535
 class _KeepStatistics(Callback):
     "Batch norm of the body normalises by what it knows, and learns no statistics; weights train as ever"
     run_valid = False
@@ -99,7 +99,7 @@ class _KeepStatistics(Callback):
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in ours: m.eval()
     def __getstate__(self): return {**self.__dict__, 'head':None}
 
-# %% ../nbs/75_fast.ipynb #e73fb37d
+# %% ../nbs/75_fast.ipynb #0f410aad
 _tune_lr,_tune_head,_scratch_lr = 3e-4,10,4e-3
 
 def _has_mixed(learn): return bool(learn.cbs.filter(risinstance((MixedPrecision,ChannelsLast))))

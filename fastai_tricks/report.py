@@ -83,7 +83,9 @@ class _Data:
         labels = ItemLabels.read(block, items)
         _check(labels is not None, 'dblock_or_dls', 'one without categories', 'a DataBlock with a `CategoryBlock` or a `MultiCategoryBlock`')
         splits = [np.asarray(s) for s in stable_splits(block.splitter, items)[0]]
-        vocab = vocab_order(block, all_classes(block, labels, np.concatenate(splits)))
+        # A `CategoryBlock` keeps the vocabulary of the first loaders made with it, also in a subset of classes
+        names = block.splitter.choose(items)[1] if hasattr(block.splitter, 'choose') else all_classes(block, labels, np.concatenate(splits))
+        vocab = vocab_order(block, names)
         have = labels.counts(splits[0])
         few = [c for c in vocab if have.get(c, 0)<2]
         _check(not few, 'source', f'few training images of {", ".join(map(str, few[:5]))} ({", ".join(str(have.get(c, 0)) for c in few[:5])})', 'one with at least two training images of each class')

@@ -123,6 +123,13 @@ def test_large_validation_set_is_drawn_once(tmp_path):
     assert 200<=n<800 and .9*24*60<clock.t<1.1*24*60
     assert f'40 + {n} of 800 images' in with_many.conditions and {len(s) for s in seen}=={n} and len(set(seen))==1
 
+def test_classes_of_a_subset(tmp_path):
+    "Loaders made before leave the vocabulary of all classes in the `CategoryBlock`"
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=picture, get_y=lambda i: 'abcd'[i%4], splitter=IndexSplitter(range(8)), item_tfms=Resize(64))
+    assert len(db.dataloaders(list(range(96)), bs=4, num_workers=0, device='cpu').vocab)==4
+    res = report(tmp_path, [worth('good', .02)], n=96, db=db.class_subset(2))
+    assert [res.json['settings'][k] for k in ('classes','train','valid')]==[2,44,4]
+
 def test_too_few_minutes(tmp_path):
     with pytest.raises(ValueError, match=r'`minutes` must be at least ([\d.]+).* not 0.5') as e: report(tmp_path, [worth('good', .02)], .5)
     assert not (tmp_path/'runs').exists() and clock.t<60
