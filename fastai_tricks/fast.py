@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/fast.html.md"""
 # %% auto #0
 __all__ = ['split_head']
 
-# %% ../nbs/75_fast.ipynb #23b23641
+# %% ../nbs/75_fast.ipynb #b9c9a4cd
 import math, time
 from copy import deepcopy
 from fastai.vision.all import *
@@ -20,7 +20,7 @@ from .core import _check, _is_int, on_main, peek, say, swapped
 from .head import last_layers
 from .resize import ProgressiveResize
 
-# %% ../nbs/75_fast.ipynb #8d8fc719
+# %% ../nbs/75_fast.ipynb #6445a472
 def split_head(
     model:nn.Module, # Of `vision_learner`, timm or torchvision
     c:int, # Number of outputs
@@ -37,12 +37,14 @@ def split_head(
     holder,_,attr = name.rpartition('.')
     return model.get_submodule(holder),attr,nn.Identity(),found[0]
 
-# %% ../nbs/75_fast.ipynb #be537bbf
+# %% ../nbs/75_fast.ipynb #7b9342d4
+def _no_loss(pred, *yb): return pred.new_zeros(())
+
 def _kept_features(learn, holder, name, kept):
     "Features `(n,f)` of the training images in evaluation mode, and their targets"
     dl,ctx = learn.dls.train.new(shuffle=False, drop_last=False),getattr(learn.dls.train.dataset, 'set_split_idx', None)
-    # `setattr` on a module registers the layer; the head is put back whatever happens
-    with swapped(holder, name, kept), (ctx(1) if ctx else contextlib.nullcontext()):
+    # `get_preds` takes the loss of all it predicts, and features have none
+    with swapped(holder, name, kept), swapped(learn, 'loss_func', _no_loss), (ctx(1) if ctx else contextlib.nullcontext()):
         x,y = learn.get_preds(dl=dl, act=noop, reorder=False)
     return x.as_subclass(Tensor).float(),y.as_subclass(Tensor)
 
@@ -88,7 +90,7 @@ def fit_head(self:Learner,
         scores = dict(zip(['valid_loss', *self.metrics.attrgot('name')], self.validate()))
         say(self, f"fit_head: {', '.join(f'{k} {v:.4f}' for k,v in scores.items())}")
 
-# %% ../nbs/75_fast.ipynb #7b6fd535
+# %% ../nbs/75_fast.ipynb #2be35644
 class _KeepStatistics(Callback):
     "Batch norm of the body normalises by what it knows, and learns no statistics; weights train as ever"
     run_valid = False
@@ -99,8 +101,9 @@ class _KeepStatistics(Callback):
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in ours: m.eval()
     def __getstate__(self): return {**self.__dict__, 'head':None}
 
-# %% ../nbs/75_fast.ipynb #0f410aad
+# %% ../nbs/75_fast.ipynb #59919953
 _tune_lr,_tune_head,_scratch_lr = 3e-4,10,4e-3
+_scratch_resize = dict(start=.25, until=.9, strength=(.3,1.))
 
 def _has_mixed(learn): return bool(learn.cbs.filter(risinstance((MixedPrecision,ChannelsLast))))
 
@@ -113,7 +116,7 @@ def fit_fast(self:Learner,
     lr:float|slice=None, # Largest rate, as in `fit_one_cycle`; default: 4e-3 from scratch, else 3e-4 with a third of it for the first layers
     head:int=None, # First so many epochs of the head on kept features, `fit_head`; default: 10 where the model is frozen, as `vision_learner` leaves a pretrained one, else 0
     keep_bn:bool=None, # Batch norm of the body keeps its statistics; default: where the head comes first
-    resize:bool|ProgressiveResize=None, # Small images first; default: where no head comes first
+    resize:bool|ProgressiveResize=None, # Small images first, from a quarter of the size, with augmentation rising from .3; default: where no head comes first
     mixed:bool=True, # Choose the precision with `to_mixed`, for this fit; without effect where a precision was chosen before
     cbs=None, # `Callback`s of the fit of the whole network
     **kwargs
@@ -137,7 +140,7 @@ def fit_fast(self:Learner,
     if keep_bn is None: keep_bn = bool(first)
     if resize is None: resize = not first
     if any(isinstance(cb, ProgressiveResize) for cb in [*self.cbs,*cbs]): resize = False
-    if resize is True: resize = ProgressiveResize()
+    if resize is True: resize = ProgressiveResize(**_scratch_resize)
     tuned = first or _is_frozen(self)
     if lr is None: lr = slice(_tune_lr/3, _tune_lr) if tuned else _scratch_lr
     choose = mixed and not _has_mixed(self)
