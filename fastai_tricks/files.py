@@ -149,7 +149,7 @@ class _Log:
     def tell(self, *args, **kwargs):
         "Name those not named before"
         bad = self.table()
-        if len(bad)>self.told: print(f'skip_corrupt: {len(bad)} images cannot be decoded' + _named_few(bad['file']) + '; others of their class are taken', flush=True)
+        if len(bad)>self.told: print(f'skip_corrupt: {len(bad)} image{"s"*(len(bad)>1)} cannot be decoded' + _named_few(bad['file']) + '; others of their class are taken', flush=True)
         self.told = len(bad)
 
 def _decodes(file):
