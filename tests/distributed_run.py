@@ -103,6 +103,17 @@ def check_fine_tune(folder):
     with quiet(learn), learn.no_logging(), learn.accelerate_ctx(): learn.fine_tune(1, freeze_epochs=1)
     return weights(learn)
 
+def check_fit_fast(folder):
+    learn = tiny_learner(dls())
+    learn.freeze()
+    body = [p.clone() for p in learn.model[:-1].state_dict().values()]
+    set_seed(10+rank_distrib())
+    with quiet(learn), learn.no_logging(), learn.accelerate_ctx():
+        learn.fit_fast(0, head=2)
+        head,same_body = weights(learn),all(map(torch.equal, body, learn.model[:-1].state_dict().values()))
+        learn.fit_fast(1, head=1)
+    return dict(head=head, same_body=same_body, weights=weights(learn))
+
 def check_resize(folder):
     res = {}
     for name,kwargs in dict(auto={}, device=dict(where='device'), batches=dict(scale_bs=True), crop=dict(crop=True)).items():

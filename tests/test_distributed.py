@@ -93,6 +93,12 @@ def test_lr_find(both, one):
 
 def test_fine_tune_of_different_random_states(both): same(*both('fine_tune'))
 
+def test_head_is_trained_once(both):
+    a,b = both('fit_fast')
+    assert a['same_body'] and b['same_body']
+    same(a['head'], b['head'])
+    same(a['weights'], b['weights'])
+
 def test_progressive_resize_gives_the_same_size_at_every_step(both, one):
     a,b = both('resize')
     o = one('resize')

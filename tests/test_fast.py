@@ -53,7 +53,7 @@ def test_head_first_then_all(dls, capsys):
     assert all(not torch.equal(was[n], now[n]) for n, p in learn.model.named_parameters()) # All of it is trained
     assert max(r[0] for r in modes.lrs)==pytest.approx(1e-4, rel=.05) and max(r[-1] for r in modes.lrs)==pytest.approx(3e-4, rel=.05)
     out = capsys.readouterr().out
-    assert 'fit_fast: head first (10 epochs on kept features), 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics, to_mixed' in out
+    assert 'fit_fast, pretrained: head first (10 epochs on kept features), 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics, to_mixed' in out
     assert not [cb for cb in learn.cbs if isinstance(cb, (_KeepStatistics, ft.ProgressiveResize))]
     modes.norm.clear()
     quiet(learn, learn.fit, 1)
@@ -63,9 +63,13 @@ def test_from_scratch(dls, capsys):
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
     with learn.no_bar(): learn.fit_fast(4, mixed=False)
     out = capsys.readouterr().out
-    with sizes_seen(learn) as seen: learn.fit_fast(4, mixed=False)
+    batches = []
+    h = learn.model.register_forward_pre_hook(lambda m, i: batches.append(len(i[0])) if m.training else None)
+    with sizes_seen(learn) as seen: learn.fit_fast(4, mixed=False, pretrained=False)
+    h.remove()
+    assert set(batches)=={8} and dls.train.bs==16
     assert {s[1:] for s in seen if s[0]}=={(32,32),(64,64)} and {s[1:] for s in seen if not s[0]}=={(64,64)}
-    assert 'fit_fast: 4 epochs of the whole network, rates up to 0.004, small images first' in out and 'head' not in out
+    assert 'fit_fast, from scratch: 4 epochs of the whole network, rates up to 0.004, small images first' in out and 'head' not in out
 
 def test_body_runs_once(dls):
     learn, n = made(dls), []
@@ -187,12 +191,41 @@ def test_no_head_to_be_found(dls, capsys):
     assert 'no head first: `learn.model` must end in a linear layer' in capsys.readouterr().out
     with pytest.raises(ValueError, match='must end in a linear layer'): learner().fit_fast(1, head=3)
 
-@pytest.mark.parametrize('bad', [dict(epochs=-1), dict(epochs=1.5), dict(lr=0), dict(head=-1), dict(head='yes'), dict(keep_bn=2), dict(resize=.5), dict(mixed='fp16')])
+@pytest.mark.parametrize('bad', [dict(epochs=-1), dict(epochs=1.5), dict(lr=0), dict(head=-1), dict(head='yes'), dict(keep_bn=2), dict(pretrained=2), dict(bs=0), dict(resize=.5), dict(mixed='fp16')])
 def test_bad_input(dls, bad):
     learn = made(dls)
     was = state(learn.model)
     with pytest.raises(ValueError, match=f'`{list(bad)[0]}` must be'): learn.fit_fast(**{'epochs': 1, **bad})
     assert all(torch.equal(v, was[k]) for k, v in learn.model.state_dict().items())
+
+def test_second_fit_goes_on(dls, capsys):
+    "Weights that have been trained are not taken for random ones"
+    learn, modes = made(dls), Modes()
+    quiet(learn, learn.fit_fast, 1, mixed=False)
+    learn.add_cb(modes)
+    with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    out = capsys.readouterr().out
+    assert 'fit_fast, pretrained: 1 epochs' in out and 'fit_head' not in out and 'small' not in out
+    assert modes.norm=={False} and max(r[-1] for r in modes.lrs)<=3e-4
+
+def test_what_has_learned(dls):
+    from fastai_tricks.fast import has_learned
+    new = Learner(dls, timm.create_model('resnet10t', num_classes=dls.c))
+    assert not has_learned(new)
+    with new.no_bar(): new.fit(1)
+    assert has_learned(new)
+    trained = Learner(dls, timm.create_model('tf_efficientnet_lite0', num_classes=dls.c, pretrained=True, pretrained_cfg_overlay=dict(file=str(ft.lite0_weights()))))
+    assert has_learned(trained)
+    vit = Learner(dls, timm.create_model('vit_tiny_patch16_224', num_classes=dls.c, img_size=64))
+    assert has_learned(vit) is None
+    with pytest.raises(ValueError, match='`pretrained` must be True or False'): vit.fit_fast(1)
+
+def test_learning_rate_finder_is_no_training(dls, tmp_path, capsys):
+    learn = vision_learner(dls, 'resnet10t', pretrained=False)
+    learn.path = tmp_path
+    quiet(learn, learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None)
+    with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    assert 'fit_fast, from scratch' in capsys.readouterr().out
 
 def test_nothing_to_do():
     with pytest.raises(ValueError, match='`epochs` must be'): tiny_learner().fit_fast(0)

@@ -258,6 +258,24 @@ def test_fits_of_fastai_and_of_ours(tmp_path):
     assert len(df)==2 and not same_weights(w, done) and same_weights(weights(again), done, 0)
 
 @xla
+def test_head_first_as_on_the_cpu():
+    from fastai_tricks.fast import _kept_features, split_head
+    res = []
+    for tpu in (False,True):
+        learn = make()
+        learn.freeze()
+        if tpu: learn.to_xla(bf16=False)
+        with quiet(learn): res.append(_kept_features(learn, *split_head(learn.model, 2)[:3]))
+    assert close(res[0][0], res[1][0], 1e-3) and torch.equal(res[0][1], res[1][1])
+    w = weights(learn)
+    with quiet(learn): learn.fit_fast(0)
+    changed = [not torch.equal(a, b) for a,b in zip(w, weights(learn))]
+    assert any(changed[-2:]) and not any(changed[:-2]) and {p.device.type for p in learn.model.parameters()}=={'xla'}
+    with pytest.raises(ValueError, match='`keep_bn` must be False or None on a TPU'): learn.fit_fast(1, keep_bn=True)
+    with quiet(learn): learn.fit_fast(1)
+    assert not any(torch.equal(a, b) for a,b in zip(w, weights(learn)))
+
+@xla
 def test_a_killed_run_of_stages_goes_on(tmp_path):
     class Killed(Exception): pass
     class Kill(Callback):
