@@ -8,7 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/fast.html.md"""
 __all__ = ['split_head', 'has_learned', 'bs_for_steps']
 
 # %% ../nbs/75_fast.ipynb #b9c9a4cd
-import math, time
+import contextlib, math
 from copy import deepcopy
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
@@ -85,7 +85,8 @@ def fit_head(self:Learner,
     _check(len(yb)==1 and isinstance(yb[0], Tensor) and yb[0].ndim<=2, 'learn.dls', f'targets {[getattr(o, "shape", o) for o in yb]}', 'loaders with one target an image: a category, several, or numbers')
     say(self, f'fit_head: {n} images once through the body, then {epochs} epochs of the head on their features')
     x,y = _kept_features(self, holder, name, kept)
-    head.load_state_dict(on_main(_train_head, self, head, x, y, epochs, lr, bs, wd))
+    state = _train_head(self, head, x, y, epochs, lr, bs, wd) # By every process, as fastai gathers losses; each draws its own batches
+    head.load_state_dict(on_main(lambda: state))
     if len(self.dls.loaders)>1 and len(self.dls.valid):
         scores = dict(zip(['valid_loss', *self.metrics.attrgot('name')], self.validate()))
         say(self, f"fit_head: {', '.join(f'{k} {v:.4f}' for k,v in scores.items())}")
