@@ -53,6 +53,7 @@ TRICKS = {
     'Distill':Trick('42_distill', learn=lambda learn: learn.add_cb(ft.Distill(deepcopy(learn.model))), worked=_has(ft.Distill)),
     'fit_warmup_one_cycle':Trick('50_schedule', fit=lambda learn: learn.fit_warmup_one_cycle(2, warmup=1), worked=lambda o: o.lrs[0]<o.lrs[1]),
     'fine_tune_warmup':Trick('50_schedule', fit=lambda learn: learn.fine_tune_warmup(1, freeze_epochs=1, warmup=.5), worked=lambda o: o.lrs[0]<o.lrs[1]),
+    'fit_fast':Trick('75_fast', fit=lambda learn: learn.fit_fast(2, pretrained=True, head=2, mixed=False), worked=lambda o: max(o.lrs)<4e-4),
     'WatchCAM':Trick('61_cam', worked=lambda o: bool(o.learn.watch_cam.rows)),
     'background_metrics':Trick('62_background', learn=lambda learn: setattr(learn, 'metrics', [*learn.metrics, *ft.background_metrics(_box, n=4)]), worked=lambda o: 'background_share' in o.learn.recorder.metric_names),
     # `climb` grows a copy: its weights are looked at in tests/test_climb.py
@@ -77,18 +78,20 @@ REMARKS = {
     ('fit_stages','grow_head'):'After growing, another `name`: a checkpoint of the smaller head is refused',
     ('fit_stages','fit_warmup_one_cycle'):'As the `fit` of a `Stage`, a function of the Learner',
     ('fit_stages','fine_tune_warmup'):'As the `fit` of a `Stage`, a function of the Learner',
+    ('fit_stages','fit_fast'):'As the `fit` of a `Stage`, a function of the Learner',
+    ('ProgressiveResize','fit_fast'):'One that is there already stays, and is the only one',
     ('to_mixed','background_metrics'):'The maps are made in fp32',
     ('background_metrics','climb'):'Seen in the epochs of each fold; NaN in the table of `climb`, which has its scores from the pass that predicts',
     ('grow_head','climb'):'`climb` grows the head itself, rung by rung',
 }
 # One or the other
-EITHER = {('fit_warmup_one_cycle','fine_tune_warmup')}
+EITHER = {('fit_warmup_one_cycle','fine_tune_warmup'), ('fit_warmup_one_cycle','fit_fast'), ('fine_tune_warmup','fit_fast')}
 # In two processes, and on the cores of a TPU: which test has the trick
 WITH = dict(
-    accelerate_ctx={**dict.fromkeys(['to_mixed','ChannelsLastBatch','Distill','MixUp','GradientAccumulation'], 'test_callbacks_together'), 'ProgressiveResize':'test_progressive_resize_gives_the_same_size_at_every_step',
+    accelerate_ctx={'fit_fast':'test_head_is_trained_once', **dict.fromkeys(['to_mixed','ChannelsLastBatch','Distill','MixUp','GradientAccumulation'], 'test_callbacks_together'), 'ProgressiveResize':'test_progressive_resize_gives_the_same_size_at_every_step',
                     'WatchCAM':'test_watch_cam_draws_in_one_process', 'skip_corrupt':'test_logs_exports_and_what_only_one_met', 'class_subset':'test_subsets_are_the_same', 'fit_stages':'test_one_process_writes', 'climb':'test_one_process_writes',
                     **dict.fromkeys(['PILImageDraft','albu_transforms','to_depthwise','fit_warmup_one_cycle','fine_tune_warmup','background_metrics','grow_head','CutMix','ChannelsLast'], 'test_more_tricks_train_alike')},
-    to_xla={'fit_stages':'test_fits_of_fastai_and_of_ours', 'ProgressiveResize':'test_graphs_depend_on_sizes_alone', **dict.fromkeys(['MixUp','GradientAccumulation','Distill','WatchCAM'], 'test_with_other_callbacks')})
+    to_xla={'fit_fast':'test_head_first_as_on_the_cpu', 'fit_stages':'test_fits_of_fastai_and_of_ours', 'ProgressiveResize':'test_graphs_depend_on_sizes_alone', **dict.fromkeys(['MixUp','GradientAccumulation','Distill','WatchCAM'], 'test_with_other_callbacks')})
 
 def images(folder):
     "Four classes of JPEGs, the colour tells them apart; one file of the first is broken"
