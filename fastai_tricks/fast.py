@@ -8,15 +8,16 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/fast.html.md"""
 __all__ = ['split_head', 'has_learned', 'bs_for_steps']
 
 # %% ../nbs/75_fast.ipynb #b9c9a4cd
-import contextlib, math
+import contextlib, inspect, math
+from contextlib import nullcontext
 from copy import deepcopy
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import *
 from torch.utils.data import TensorDataset, BatchSampler, RandomSampler
 import fastai_tricks.precision # For `Learner.to_mixed`
-from .core import _check, _is_int, on_main, peek, say, swapped
+from .core import _check, _is_int, evaluating, on_main, peek, say, swapped
 from .head import last_layers
 from .resize import ProgressiveResize
 
@@ -30,7 +31,8 @@ def split_head(
     if isinstance(model, nn.Sequential) and len(model)==2 and isinstance(last[0][1], nn.Sequential):
         head = last[0][1]
         k = next((i for i,m in enumerate(head) if isinstance(m, nn.Dropout) or list(m.parameters())), None)
-        if k is not None and any(isinstance(m, nn.Flatten) or type(m).__name__=='Flatten' for m in head[:k]): return model,last[0][0],head[:k],head[k:]
+        flat = isinstance(model[0], TimmBody) and not model[0].needs_pool # Such as a ViT: its body gives one vector an image
+        if k is not None and (flat or any(isinstance(m, nn.Flatten) or type(m).__name__=='Flatten' for m in head[:k])): return model,last[0][0],head[:k],head[k:]
     found = last_layers(model, c)
     if len(found)>1: raise ValueError(f'`learn.model` must end in one layer with {c} outputs, not in {len(found)}')
     name = next(n for n,m in model.named_modules() if m is found[0])
@@ -38,15 +40,41 @@ def split_head(
     return model.get_submodule(holder),attr,nn.Identity(),found[0]
 
 # %% ../nbs/75_fast.ipynb #7b9342d4
-def _no_loss(pred, *yb): return pred.new_zeros(())
+def _is_last(model, layer, xb):
+    "Is the output of `layer` that of `model`?"
+    out = []
+    hook = layer.register_forward_hook(lambda m, i, o: out.append(o))
+    try:
+        with evaluating(model): res = model(*to_device(xb, next(model.parameters()).device))
+    finally: hook.remove()
+    return len(out)==1 and isinstance(res, Tensor) and res.shape==out[0].shape and torch.equal(res, out[0])
+
+def _head_of(learn):
+    "`split_head`; ValueError where a head cannot be trained on kept features"
+    dls,model = learn.dls,get_model(learn.model)
+    _check(isinstance(dls.train, DataLoader), 'learn.dls', type(dls.train), "loaders of fastai's")
+    n = getattr(dls.train, 'partial_n', None) or len(dls.train_ds)
+    _check(n>=2, 'learn.dls', f'{n} training images', '2 or more')
+    part,b,n_inp = split_head(model, get_c(dls)),peek(dls.train),getattr(dls, 'n_inp', 1)
+    xb,yb = b[:n_inp],b[n_inp:]
+    _check(len(yb)==1 and isinstance(yb[0], Tensor) and yb[0].ndim<=2, 'learn.dls', f'targets {[getattr(o, "shape", o) for o in yb]}', 'loaders with one target an image: a category, several, or numbers')
+    _check(not isinstance(part[2], nn.Identity) or _is_last(model, part[3], xb), 'learn.model', f'{type(model).__name__} with more behind {type(part[3]).__name__}', 'a network whose last layer gives its output')
+    return part,n
+
+class _Gather(Callback):
+    "Takes features and targets; a batch without targets has no loss and no metrics, and features have none"
+    order = 1000 # After all that put `pred` right: precision, TPU, several processes
+    def before_validate(self): self.xs,self.ys = [],[]
+    def after_pred(self):
+        for o,t in zip((self.xs,self.ys), (self.pred,self.yb[0])): o.append(self.learn.to_detach(t).as_subclass(Tensor))
+        self.learn.yb = ()
 
 def _kept_features(learn, holder, name, kept):
     "Features `(n,f)` of the training images in evaluation mode, and their targets"
     dl,ctx = learn.dls.train.new(shuffle=False, drop_last=False),getattr(learn.dls.train.dataset, 'set_split_idx', None)
-    # `get_preds` takes the loss of all it predicts, and features have none
-    with swapped(holder, name, kept), swapped(learn, 'loss_func', _no_loss), (ctx(1) if ctx else contextlib.nullcontext()):
-        x,y = learn.get_preds(dl=dl, act=noop, reorder=False)
-    return x.as_subclass(Tensor).float(),y.as_subclass(Tensor)
+    gather = _Gather()
+    with swapped(holder, name, kept), (ctx(1) if ctx else nullcontext()): learn.get_preds(dl=dl, act=noop, reorder=False, cbs=gather, with_preds=False)
+    return torch.cat(gather.xs).float(),torch.cat(gather.ys)
 
 def _loader(x, y, bs):
     "Whole batches by index: items of so few numbers would cost more to collate than to train on"
@@ -59,8 +87,8 @@ def _train_head(learn, head, x, y, epochs, lr, bs, wd):
     if device.type not in ('cuda','cpu','mps'): device = torch.device('cpu') # A TPU compiles more than it would train here
     dl = _loader(x.to(device), y.to(device), bs)
     opt_func = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
-    sub = Learner(DataLoaders(dl, dl, device=device), deepcopy(head).to(device), loss_func=deepcopy(learn.loss_func), opt_func=opt_func, wd=learn.wd, moms=learn.moms)
-    with sub.no_logging(), contextlib.nullcontext() if hasattr(learn, 'progress') else sub.no_bar(): sub.fit_one_cycle(epochs, lr, wd=wd, cbs=_OnlyTrain())
+    sub = Learner(DataLoaders(dl, dl, device=device), deepcopy(head).to(device).requires_grad_(True), loss_func=deepcopy(learn.loss_func), opt_func=opt_func, wd=learn.wd, moms=learn.moms)
+    with sub.no_logging(), nullcontext() if hasattr(learn, 'progress') else sub.no_bar(): sub.fit_one_cycle(epochs, lr, wd=wd, cbs=_OnlyTrain())
     return to_cpu(sub.model.state_dict())
 
 class _OnlyTrain(Callback):
@@ -77,19 +105,16 @@ def fit_head(self:Learner,
     _check(_is_int(epochs) and epochs>=1, 'epochs', epochs, 'a whole number, 1 or more')
     _check(isinstance(lr, (int,float)) and lr>0, 'lr', lr, 'a number above 0')
     _check(_is_int(bs) and bs>=2, 'bs', bs, 'a whole number, 2 or more')
-    model = get_model(self.model)
-    holder,name,kept,head = split_head(model, get_c(self.dls))
-    n = getattr(self.dls.train, 'partial_n', None) or len(self.dls.train_ds)
-    _check(n>=2, 'learn.dls', f'{n} training images', '2 or more')
-    yb = peek(self.dls.train)[getattr(self.dls, 'n_inp', 1):]
-    _check(len(yb)==1 and isinstance(yb[0], Tensor) and yb[0].ndim<=2, 'learn.dls', f'targets {[getattr(o, "shape", o) for o in yb]}', 'loaders with one target an image: a category, several, or numbers')
+    (holder,name,kept,head),n = _head_of(self)
     say(self, f'fit_head: {n} images once through the body, then {epochs} epochs of the head on their features')
     x,y = _kept_features(self, holder, name, kept)
     state = _train_head(self, head, x, y, epochs, lr, bs, wd) # By every process, as fastai gathers losses; each draws its own batches
     head.load_state_dict(on_main(lambda: state))
     if len(self.dls.loaders)>1 and len(self.dls.valid):
-        scores = dict(zip(['valid_loss', *self.metrics.attrgot('name')], self.validate()))
-        say(self, f"fit_head: {', '.join(f'{k} {v:.4f}' for k,v in scores.items())}")
+        # Where predictions are gathered, callbacks such as `SaveModelCallback` know that this is no epoch of theirs
+        res = self.validate(cbs=GatherPredsCallback(with_preds=False, with_targs=False))
+        scores = dict(zip(['valid_loss', *self.metrics.attrgot('name')], res))
+        say(self, f"fit_head: {', '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}' for k,v in scores.items())}")
 
 # %% ../nbs/75_fast.ipynb #2be35644
 class _KeepStatistics(Callback):
@@ -106,7 +131,7 @@ class _KeepStatistics(Callback):
 _tune_lr,_tune_head,_scratch_lr = 3e-4,10,4e-3
 _scratch_resize = dict(start=.25, until=.9, strength=(.3,1.))
 
-def _has_mixed(learn): return bool(learn.cbs.filter(risinstance((MixedPrecision,ChannelsLast))))
+_precisions = MixedPrecision,NonNativeMixedPrecision,ChannelsLast
 
 def _is_frozen(learn): return learn.opt is not None and getattr(learn.opt, 'frozen_idx', 0)>0
 
@@ -114,7 +139,7 @@ def has_learned(
     learn:Learner,
 )->bool: # None where it cannot be told: no batch norm, and nothing that has been frozen or trained here
     "Have the weights been trained before? A model that is frozen was, and batch norm that has seen an image has other means than 0"
-    if _is_frozen(learn): return True
+    if _is_frozen(learn) or getattr(learn, 'pretrained', False): return True
     norms = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     return any(bool(m.running_mean.any()) for m in norms) if norms else True if learn.opt is not None else None
 
@@ -149,20 +174,23 @@ def fit_fast(self:Learner,
     _check(resize in (None,True,False) or isinstance(resize, ProgressiveResize), 'resize', resize, 'True, False, None or a `ProgressiveResize`')
     _check(bs is None or (_is_int(bs) and bs>=1), 'bs', bs, 'a whole number, 1 or more, or None')
     _check(mixed in (True,False), 'mixed', mixed, 'True or False')
+    inspect.signature(self.fit_one_cycle).bind(epochs, lr, cbs=cbs, **kwargs) # A TypeError comes before the head is trained
+    cbs = L(cbs).map(lambda cb: cb() if isinstance(cb, type) else cb)
     # torch_xla has no backward pass through batch norm in evaluation mode
     on_xla = next(self.model.parameters()).device.type=='xla'
     _check(not (keep_bn and on_xla), 'keep_bn', keep_bn, 'False or None on a TPU, whose backward pass wants the statistics of the batch')
     if pretrained is None: pretrained = has_learned(self)
     _check(pretrained is not None, 'pretrained', pretrained, 'True or False for a model without batch norm, which tells it elsewhere')
-    first,cbs,why = _tune_head if head is None and pretrained and (_is_frozen(self) or self.opt is None) else head or 0,L(cbs),''
-    part = None
     if keep_bn is None: keep_bn = pretrained and not on_xla
-    if first or keep_bn:
+    first,part,why = _tune_head if head is None and pretrained and (_is_frozen(self) or self.opt is None) else head or 0,None,''
+    if first:
         # Chosen by us, it may not fit; asked for, it must
-        try: part = split_head(get_model(self.model), get_c(self.dls))
+        try: part = _head_of(self)[0]
         except ValueError as e:
-            if head: raise
+            if head or not epochs: raise
             first,why = 0,f', no head first: {e}'
+    elif keep_bn:
+        with contextlib.suppress(ValueError): part = split_head(get_model(self.model), get_c(self.dls))
     _check(epochs or first, 'epochs', epochs, 'a whole number, 1 or more, where no head is trained first')
     if resize is None: resize = not pretrained
     if any(isinstance(cb, ProgressiveResize) for cb in [*self.cbs,*cbs]): resize = False
@@ -171,7 +199,8 @@ def fit_fast(self:Learner,
     dl = self.dls.train
     old_bs = getattr(dl, 'bs', None)
     if bs is None: bs = old_bs if pretrained or not old_bs else bs_for_steps(old_bs, getattr(dl, 'partial_n', None) or len(dl.dataset))
-    choose = mixed and not _has_mixed(self)
+    _check(bs==old_bs or old_bs, 'bs', bs, "None with loaders that are not fastai's")
+    choose = mixed and not any(isinstance(cb, _precisions) for cb in [*self.cbs,*cbs])
     said = [f'head first ({first} epochs on kept features)']*bool(first) + [f'{epochs} epochs of the whole network, rates up to {lr.stop if isinstance(lr, slice) else lr:g}']*bool(epochs)
     said += ['batch norm keeps its statistics']*bool(keep_bn and epochs) + ['small images first']*bool(resize and epochs) + [f'batches of {bs}']*bool(epochs and bs!=old_bs) + ['to_mixed']*choose
     say(self, f"fit_fast, {'pretrained' if pretrained else 'from scratch'}: {', '.join(said)}{why}")

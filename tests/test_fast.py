@@ -2,13 +2,15 @@
 import pytest, timm, torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.training import GradientAccumulation
-from fastai.metrics import accuracy
-from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, Learner, MultiCategoryBlock, RandomSplitter, Resize, aug_transforms, get_image_files, load_learner, params,
-                               parent_label, resnet18, set_seed, vision_learner)
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import F1Score, R2Score, accuracy, accuracy_multi, mae, rmse
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, MultiCategoryBlock, PILMask, PointBlock, RandomSplitter, RegressionBlock, Resize, aug_transforms, get_image_files, load_learner, params,
+                               parent_label, resnet18, set_seed, unet_learner, vision_learner)
 from torch import nn
 import fastai_tricks.all as ft
-from fastai_tricks.fast import _KeepStatistics
+from fastai_tricks.fast import _KeepStatistics, split_head
 from fastai_tricks.test_utils import sizes_seen, tiny_learner
 
 def block(y=CategoryBlock, get_y=parent_label): return DataBlock((ImageBlock, y), get_y=get_y, splitter=RandomSplitter(seed=0), item_tfms=Resize(64), batch_tfms=aug_transforms())
@@ -229,3 +231,131 @@ def test_learning_rate_finder_is_no_training(dls, tmp_path, capsys):
 
 def test_nothing_to_do():
     with pytest.raises(ValueError, match='`epochs` must be'): tiny_learner().fit_fast(0)
+
+def few(y=CategoryBlock, get_y=parent_label, bs=8): return block(y, get_y).dataloaders(FILES[::3], bs=bs, num_workers=0)
+
+def head_and_body(m): return [params(m.body), params(m.fc)]
+
+class Plain(nn.Module):
+    "A body, a linear layer, and what comes behind it"
+    def __init__(self, c, behind):
+        super().__init__()
+        self.body, self.fc, self.behind = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, c), behind
+    def forward(self, x): return self.behind(self.fc(self.body(x)))
+
+def frozen(data, model, **kw):
+    learn = Learner(data, model, splitter=head_and_body, **kw)
+    learn.freeze()
+    return learn
+
+def test_with_the_bar(dls):
+    "As most will call it: with progress bars and the log"
+    made(few()).fit_fast(1, mixed=False)
+
+@pytest.mark.parametrize('case', ['weights','number','range','numbers','labels'])
+def test_losses_and_metrics(case):
+    "Features meet neither"
+    c = CrossEntropyLossFlat(weight=torch.tensor([1.,2,3,4]))
+    y, get_y, kw = dict(weights=(CategoryBlock, parent_label, dict(loss_func=c, metrics=[accuracy, F1Score(average='macro')])), number=(RegressionBlock, size_of, dict(metrics=rmse)),
+        range=(RegressionBlock, size_of, dict(y_range=(0,99), metrics=R2Score())), numbers=(RegressionBlock(2), lambda o: [size_of(o), 1.], dict(metrics=mae)),
+        labels=(MultiCategoryBlock, lambda o: [parent_label(o)], dict(metrics=accuracy_multi)))[case]
+    learn = vision_learner(few(y, get_y), resnet18, pretrained=False, **kw)
+    learn.freeze()
+    loss, metrics = learn.loss_func, list(learn.metrics)
+    quiet(learn, learn.fit_fast, 1, mixed=False)
+    assert learn.loss_func is loss and list(learn.metrics)==metrics
+
+def size_of(o): return float(len(o.name))
+
+def test_metric_of_each_class(capsys):
+    "What is no number is said as it is"
+    learn = made(few())
+    learn.metrics = F1Score(average=None)
+    with learn.no_bar(): learn.fit_head(1)
+    assert 'f1_score [' in capsys.readouterr().out
+
+@pytest.mark.parametrize('cb', [lambda: SaveModelCallback(monitor='accuracy', fname='m'), lambda: EarlyStoppingCallback(monitor='accuracy'), lambda: ReduceLROnPlateau(), lambda: ShortEpochCallback(pct=.3, short_valid=True)],
+                         ids=['save','stop','plateau','short'])
+def test_trackers(cb, tmp_path, capsys):
+    "Added to the Learner, they follow the fit of the whole network alone"
+    learn = made(few())
+    learn.path, learn.model_dir = tmp_path, '.'
+    learn.add_cb(cb())
+    quiet(learn, learn.fit_head, 1)
+    assert not list(tmp_path.iterdir()) and 'Better' not in capsys.readouterr().out
+    quiet(learn, learn.fit_fast, 1, mixed=False)
+    assert len(list(tmp_path.iterdir()))==bool(learn.cbs.filter(lambda o: isinstance(o, SaveModelCallback)))
+
+@pytest.mark.parametrize('behind,loss', [(nn.LogSoftmax(1), nn.NLLLoss()), (nn.BatchNorm1d(4), CrossEntropyLossFlat())], ids=['softmax','norm'])
+def test_more_behind_the_head(behind, loss, capsys):
+    "The head alone would not give what the model gives"
+    with pytest.raises(ValueError, match='must be a network whose last layer gives its output'): frozen(few(), Plain(4, behind), loss_func=loss).fit_head(1)
+    learn = frozen(few(), Plain(4, behind), loss_func=loss)
+    with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    assert 'no head first: `learn.model` must be a network whose last layer' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='must be a network whose last layer'): frozen(few(), Plain(4, behind), loss_func=loss).fit_fast(0)
+
+def test_vectors_of_a_transformer():
+    "Its body gives one vector an image: all layers of the head are trained"
+    learn = vision_learner(few(), 'vit_tiny_patch16_224', pretrained=False, img_size=64)
+    assert len(split_head(learn.model, 4)[3])==len(learn.model[1])
+    learn.freeze()
+    was = state(learn.model[1])
+    quiet(learn, learn.fit_head, 1)
+    assert not any(torch.equal(v, was[k]) for k, v in learn.model[1].state_dict().items())
+
+@pytest.mark.parametrize('kind', ['masks','points','pytorch'])
+def test_no_vector_no_head(kind, capsys):
+    "Chosen by default, the head first is left out with the reason"
+    if kind=='masks':
+        import numpy as np
+        data = DataBlock((ImageBlock, MaskBlock(['a','b'])), get_y=lambda o: PILMask.create(np.zeros((64,64), dtype=np.uint8)), item_tfms=Resize(64)).dataloaders(FILES[:16], bs=4, num_workers=0)
+        learn = unet_learner(data, resnet18, pretrained=False)
+    elif kind=='points': learn = vision_learner(few(PointBlock, lambda o: [[1.,2.],[3.,4.]]), resnet18, pretrained=False)
+    else:
+        dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.randint(0, 4, (8,))), batch_size=4)
+        data = DataLoaders(dl, dl)
+        data.c = 4
+        learn = Learner(data, Plain(4, nn.Identity()), loss_func=CrossEntropyLossFlat(), splitter=head_and_body)
+    learn.freeze()
+    with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    assert 'no head first: `learn.dls` must be loaders' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='`learn.dls` must be loaders'): learn.fit_head(1)
+
+def test_twice(capsys):
+    "A network that was pretrained is not trained as from scratch the second time"
+    learn = frozen(few(), Plain(4, nn.Identity()))
+    for _ in range(2):
+        with learn.no_bar(): learn.fit_fast(1, mixed=False)
+    lines = [o for o in capsys.readouterr().out.splitlines() if o.startswith('fit_fast')]
+    assert lines[1]=='fit_fast: 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics'
+    learn = made(few())
+    learn.pretrained = True # As `vision_learner` notes it
+    quiet(learn, learn.fine_tune, 1)
+    modes = Modes()
+    with learn.no_bar(): learn.fit_fast(1, mixed=False, cbs=modes)
+    assert 'fit_fast: 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics\n' in capsys.readouterr().out
+    assert modes.norm=={False} and modes.head=={True}
+
+@pytest.mark.parametrize('bad', [dict(lr_max=1e-3), dict(epoch=3)])
+def test_unknown_arguments(dls, bad):
+    "Before the head is trained"
+    learn = made(dls)
+    was = state(learn.model)
+    with pytest.raises(TypeError): quiet(learn, learn.fit_fast, 1, mixed=False, **bad)
+    assert all(torch.equal(v, was[k]) for k, v in learn.model.state_dict().items())
+
+def test_callbacks_as_classes(capsys):
+    "A precision or a `ProgressiveResize` among `cbs` counts, as a class too, as fastai takes them"
+    learn = vision_learner(few(), resnet18, pretrained=False)
+    with learn.no_bar(): learn.fit_fast(1, cbs=[ft.ProgressiveResize, ft.ChannelsLastBatch])
+    out = capsys.readouterr().out
+    assert 'small images first' not in out and 'to_mixed' not in out and 'ProgressiveResize: 32 px until 75%' in out
+
+def test_head_without_gradients():
+    "`fit_head` trains it wherever it was frozen, and leaves it so"
+    learn = made(few())
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    was = state(learn.model[1])
+    quiet(learn, learn.fit_head, 1)
+    assert not torch.equal(was['8.weight'], learn.model[1][8].weight) and not any(p.requires_grad for p in learn.model.parameters())
