@@ -135,12 +135,14 @@ _precisions = MixedPrecision,NonNativeMixedPrecision,ChannelsLast
 
 def _is_frozen(learn): return learn.opt is not None and getattr(learn.opt, 'frozen_idx', 0)>0
 
+def _norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
 def has_learned(
     learn:Learner,
 )->bool: # None where it cannot be told: no batch norm, and nothing that has been frozen or trained here
     "Have the weights been trained before? A model that is frozen was, and batch norm that has seen an image has other means than 0"
     if _is_frozen(learn) or getattr(learn, 'pretrained', False): return True
-    norms = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = _norms(learn.model)
     return any(bool(m.running_mean.any()) for m in norms) if norms else True if learn.opt is not None else None
 
 def bs_for_steps(
@@ -181,7 +183,7 @@ def fit_fast(self:Learner,
     _check(not (keep_bn and on_xla), 'keep_bn', keep_bn, 'False or None on a TPU, whose backward pass wants the statistics of the batch')
     if pretrained is None: pretrained = has_learned(self)
     _check(pretrained is not None, 'pretrained', pretrained, 'True or False for a model without batch norm, which tells it elsewhere')
-    if keep_bn is None: keep_bn = pretrained and not on_xla
+    if keep_bn is None: keep_bn = pretrained and not on_xla and bool(_norms(self.model))
     first,part,why = _tune_head if head is None and pretrained and (_is_frozen(self) or self.opt is None) else head or 0,None,''
     if first:
         # Chosen by us, it may not fit; asked for, it must

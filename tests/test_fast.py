@@ -328,13 +328,13 @@ def test_twice(capsys):
     for _ in range(2):
         with learn.no_bar(): learn.fit_fast(1, mixed=False)
     lines = [o for o in capsys.readouterr().out.splitlines() if o.startswith('fit_fast')]
-    assert lines[1]=='fit_fast: 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics'
+    assert lines[1]=='fit_fast, pretrained: 1 epochs of the whole network, rates up to 0.0003' # There is no batch norm
     learn = made(few())
     learn.pretrained = True # As `vision_learner` notes it
     quiet(learn, learn.fine_tune, 1)
     modes = Modes()
     with learn.no_bar(): learn.fit_fast(1, mixed=False, cbs=modes)
-    assert 'fit_fast: 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics\n' in capsys.readouterr().out
+    assert 'fit_fast, pretrained: 1 epochs of the whole network, rates up to 0.0003, batch norm keeps its statistics\n' in capsys.readouterr().out
     assert modes.norm=={False} and modes.head=={True}
 
 @pytest.mark.parametrize('bad', [dict(lr_max=1e-3), dict(epoch=3)])
