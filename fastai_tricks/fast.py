@@ -88,7 +88,7 @@ def _train_head(learn, head, x, y, epochs, lr, bs, wd):
     dl = _loader(x.to(device), y.to(device), bs)
     opt_func = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
     sub = Learner(DataLoaders(dl, dl, device=device), deepcopy(head).to(device).requires_grad_(True), loss_func=deepcopy(learn.loss_func), opt_func=opt_func, wd=learn.wd, moms=learn.moms)
-    with sub.no_logging(), nullcontext() if hasattr(learn, 'progress') else sub.no_bar(): sub.fit_one_cycle(epochs, lr, wd=wd, cbs=_OnlyTrain())
+    with sub.no_logging(), sub.no_bar(): sub.fit_one_cycle(epochs, lr, wd=wd, cbs=_OnlyTrain())
     return to_cpu(sub.model.state_dict())
 
 class _OnlyTrain(Callback):
