@@ -28,7 +28,7 @@ SETTINGS = dict(
 # Name, the line that trains
 RUNS = dict(
     tune=[('plain', 'learn.fine_tune(4)'), ('fit_fast', 'learn.fit_fast(5)')],
-    scratch=[('plain', 'learn.fit_one_cycle(10)'), ('fit_fast, a third', 'learn.fit_fast(11)'), ('fit_fast', 'learn.fit_fast(32)')])
+    scratch=[('plain', 'learn.fit_one_cycle(10)'), ('fit_fast, a third', 'learn.fit_fast(10)'), ('fit_fast', 'learn.fit_fast(32)')])
 
 
 def now(): return np.array([time.process_time(), time.perf_counter()])
