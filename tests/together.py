@@ -66,7 +66,7 @@ TRICKS = {
 # In the contract's tests by another name
 SAME = dict(DeviceMixedPrecision='to_mixed')
 TRICKS |= {k:Trick(worked=_has(getattr(ft, k))) for k in CALLBACKS if SAME.get(k, k) not in TRICKS}
-TRICKS |= {k:Trick() for k in FASTAI}
+TRICKS |= {k:Trick(worked=lambda o, k=k: k in [type(cb).__name__ for cb in o.learn.cbs]) for k in FASTAI}
 IN_CONTRACT = {SAME.get(k, k) for k in MAKE}
 
 # Pairs in the order of TRICKS. What is refused is said before anything is trained
