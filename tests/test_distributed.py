@@ -11,7 +11,7 @@ import distributed_run as run
 from distributed_run import CHECKS, N_VALID, free_port
 
 SCRIPT = Path(run.__file__)
-FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','resize','watch','left','callbacks','tools','refuse','subset','files','more']
+FIRST = ['fit','workers','rest','predict','lr_find','fine_tune','fit_fast','resize','watch','left','callbacks','tools','refuse','subset','files','more']
 PAIRS = ['stages','stages:1:batch:9+stages','stages:0:renamed:2+stages:0:rename:3+stages','climb:1:batch:20+climb','climb:0:rename:4+climb','cv:0:renamed:3+cv']
 
 def environ(**kwargs):
