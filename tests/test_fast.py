@@ -10,7 +10,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock
                                parent_label, resnet18, set_seed, unet_learner, vision_learner)
 from torch import nn
 import fastai_tricks.all as ft
-from fastai_tricks.fast import _KeepStatistics, split_head
+from fastai_tricks.fast import _KeepStatistics, _kept_features, split_head, split_head
 from fastai_tricks.test_utils import sizes_seen, tiny_learner
 
 def block(y=CategoryBlock, get_y=parent_label): return DataBlock((ImageBlock, y), get_y=get_y, splitter=RandomSplitter(seed=0), item_tfms=Resize(64), batch_tfms=aug_transforms())
@@ -60,6 +60,22 @@ def test_head_first_then_all(dls, capsys):
     modes.norm.clear()
     quiet(learn, learn.fit, 1)
     assert modes.norm=={True} # Of that fit alone
+
+def test_the_head_alone(dls):
+    learn = made(dls)
+    was = state(learn.model)
+    quiet(learn, learn.fit_fast, 0, mixed=False)
+    now = learn.model.state_dict()
+    assert all(torch.equal(was[k], now[k]) for k in was if k.startswith('0.'))
+    assert not any(torch.equal(was[n], now[n]) for n, p in learn.model.named_parameters() if n.startswith('1.'))
+
+def test_features_are_not_augmented(dls):
+    learn = made(dls)
+    *at, head = split_head(learn.model, dls.c)
+    with learn.no_bar():
+        x, y = _kept_features(learn, *at)
+        expected, targs = learn.get_preds(dl=dls.test_dl(dls.train_ds.items, with_labels=True), act=lambda o: o)
+    with torch.no_grad(): assert torch.allclose(head.eval()(x), expected, atol=1e-4) and torch.equal(y, targs)
 
 def test_from_scratch(dls, capsys):
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
