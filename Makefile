@@ -37,7 +37,7 @@ test-docs: docs ## builds the documentation and opens every page of it in Chromi
 readme: .venv/ok ## README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
 
-pages: .venv/ok ## run all pages and save their outputs; PAGES='nbs/NN_name.ipynb ...' those
+pages: .venv/ok ## run all pages and save their outputs; PAGES='nbs/train/ema.ipynb ...' those
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/run_pages.sh $(PAGES)
 
 dist: .venv/ok ## sdist and wheel in dist/, and the wheel tried in a new environment, from outside the clone (torch is installed anew: minutes and gigabytes)
@@ -46,8 +46,9 @@ dist: .venv/ok ## sdist and wheel in dist/, and the wheel tried in a new environ
 	bash tools/try_dist.sh
 
 bench: .venv/ok ## the measurements: seconds until plain's score, decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
-	$(PY) benchmarks/time_to_accuracy.py scratch
-	$(if $(DATA),$(PY) benchmarks/time_to_accuracy.py tune --data "$(DATA)")
+	$(PY) benchmarks/scratch.py
+	$(if $(DATA),$(PY) benchmarks/time_to_accuracy.py --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/minutes.py --data "$(DATA)")
 	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/progressive_resize.py --regime batches
@@ -58,6 +59,7 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	for part in convert recover speed; do $(PY) benchmarks/depthwise.py $$part; done
 	$(PY) benchmarks/ema.py $(if $(DATA),--data "$(DATA)")
 	$(PY) benchmarks/subset.py
+	$(PY) benchmarks/runs.py
 	for part in '' --decode; do $(PY) benchmarks/distributed.py $$part; done
 	$(if $(DATA),$(PY) benchmarks/progressive_resize.py --regime fine_tune --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/precision.py accuracy --data "$(DATA)")
@@ -67,6 +69,8 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	$(if $(DATA),$(PY) benchmarks/climb.py carry --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/climb.py signal --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/tips_report.py --data "$(DATA)")
+	$(if $(DATA),$(PY) benchmarks/rank_archs.py --data "$(DATA)")
+	$(if $(and $(DATA),$(RESNET18)),$(PY) benchmarks/targets.py --data "$(DATA)" --resnet18 "$(RESNET18)")
 
 clean:
 	rm -rf .venv .venv-xla _proc _docs build dist demo *.egg-info

@@ -17,6 +17,6 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    packages=find_packages(include=['fastai_tricks*']), package_data={'fastai_tricks': ['data/*']},
+    packages=find_packages(include=['fastai_tricks*']), package_data={'fastai_tricks.data': ['*.zip']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': ['fastai-tricks = fastai_tricks.cli:main'], 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]})

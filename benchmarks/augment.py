@@ -1,6 +1,6 @@
 """What augmentation with albumentations costs, and what it is worth (tip 9)
 
-    python benchmarks/augment.py speed --data PATH       images/s on one core, from JPEG to a batch: the same operations by fastai and by albumentations, in turn
+    python benchmarks/augment.py speed --data PATH       images/s on one core, from JPEG to a batch: the same operations by fastai and by albumentations, interleaved
     python benchmarks/augment.py accuracy --data PATH    fine-tuning without augmentation, with aug_transforms, with albu_transforms, with strength rising with the size
 
 PATH is a folder per class. Results are written after each run; a killed run goes on where it stopped.
@@ -47,7 +47,7 @@ OPERATIONS = {
 BATCH = {'crop, flip, rotate, warp, lighting': lambda: aug_transforms(max_zoom=1.)}
 
 def rate(cls, tfms, batch, files, bs=32):
-    "Images a second from file to a batch of floats"
+    "Images/s from file to a batch of floats"
     pipe, batch = Pipeline([cls.create, *tfms, ToTensor()], split_idx=0), Pipeline([IntToFloatTensor(), *batch], split_idx=0)
     def run(files):
         for i in range(0, len(files), bs): batch(TensorImage(torch.stack([pipe(f) for f in files[i:i+bs]])))
@@ -94,10 +94,10 @@ def variants(size):
             'aug_transforms': (Resize(size), aug_transforms(), None),
             'albu_transforms': (albu_transforms(size), None, None),
             'albu_transforms(min_scale=.7)': (albu_transforms(size, min_scale=.7), None, None),
-            'albu_transforms, sizes cut': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=True)),
-            'albu_transforms, sizes cut, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=True, strength=(.5,1.))),
-            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False)),
-            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(start=64, crop=False, strength=(.5,1.)))}
+            'albu_transforms, sizes cut': (albu_transforms(size), None, lambda: ProgressiveResize(64, crop=True)),
+            'albu_transforms, sizes cut, strength': (albu_transforms(size), None, lambda: ProgressiveResize(64, crop=True, strength=(.5,1.))),
+            'albu_transforms, sizes': (albu_transforms(size), None, lambda: ProgressiveResize(64, crop=False)),
+            'albu_transforms, sizes, strength': (albu_transforms(size), None, lambda: ProgressiveResize(64, crop=False, strength=(.5,1.)))}
 
 class ValidateLast(Callback):
     "Validate after the last epoch only"

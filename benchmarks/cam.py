@@ -22,10 +22,11 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock, PILImage, RandomSplitter, Resize, aug_transforms, get_image_files, parent_label, plt, vision_learner
 from PIL import Image
-from fastai_tricks.all import GradCAM, WatchCAM, alpha_mask, background_share, lite0_weights, sample_images
-from fastai_tricks.background import _judged, mixed
-from fastai_tricks.cam import items_batch, overlay, _shown
-from fastai_tricks.core import evaluating
+from fastai_tricks.all import GradCAM, WatchCAM, lite0_weights, sample_images
+from fastai_tricks.core.learner import evaluating, items_batch
+from fastai_tricks.core.timing import interleaved
+from fastai_tricks.look.background import alpha_mask, background_share, judged, mixed
+from fastai_tricks.look.pictures import overlay, shown_images
 from common import environment, write_results
 
 CLASSES = 'drinks','fruit','houses','people'
@@ -105,12 +106,12 @@ def occluded(learn):
     dl = learn.dls.valid
     x, y = (o.as_subclass(torch.Tensor) for o in items_batch(dl, range(dl.n)))
     grey = x.mean((0,2,3), keepdim=True).expand_as(x)
-    return {k: _judged(learn.model, v, y, y, 16) for k, v in (('border grey', mixed(x, grey, KEEP)), ('middle grey', mixed(grey, x, KEEP)))}
+    return {k: judged(learn.model, v, y, y, 16) for k, v in (('border grey', mixed(x, grey, KEEP)), ('middle grey', mixed(grey, x, KEEP)))}
 
 def row(df): return {k: float(v) for k, v in df.loc['all'].items()}
 
 def measure(kind, seed):
-    learn, began = train(kind, seed), time.perf_counter()
+    learn = train(kind, seed)
     swapped = learn.dls.test_dl(items('swapped', seed), with_labels=True)
     with learn.no_bar(), learn.no_logging():
         return dict(kind=kind, seed=seed, valid=row(learn.background_report(mask)), valid_fine=row(learn.background_report(mask, layer=FINE)),
@@ -137,7 +138,7 @@ def figure(a, n=6):
     learns = {k: train(k, seed) for k in KINDS}
     dl = learns['tells'].dls.test_dl(items('swapped', seed), with_labels=True)
     x, y = items_batch(dl, range(dl.n))
-    masks, imgs, rows, vocab = torch.tensor(np.stack([mask(o) for o in dl.items])), _shown(dl, x), {}, learns['tells'].dls.vocab
+    masks, imgs, rows, vocab = torch.tensor(np.stack([mask(o) for o in dl.items])), shown_images(dl, x), {}, learns['tells'].dls.vocab
     for k, learn in learns.items():
         cam = GradCAM(learn.model)
         maps = cam(x)
@@ -148,7 +149,7 @@ def figure(a, n=6):
         axs[0,j].imshow(overlay(imgs[i], masks[i], 0)); axs[0,j].set_title(vocab[y[i]], size=9, pad=3)
         for axr, r in zip(axs[1:], rows.values()):
             axr[j].imshow(overlay(imgs[i].mean(0, keepdim=True), r['maps'][i], .6))
-            axr[j].set_title(f"{vocab[r['said'][i]]}, {r['share'][i]:.0%} beside", size=8, pad=3, color='black' if r['said'][i]==y[i] else 'firebrick')
+            axr[j].set_title(f"{vocab[r['said'][i]]}, {r['share'][i]:.0%} outside", size=8, pad=3, color='black' if r['said'][i]==y[i] else 'firebrick')
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     for ax, name in zip(axs[:,0], ('drawing','background told\nthe class','background was\nrandom')): ax.set_ylabel(name, size=9)
     file = Path(__file__).parents[1]/'nbs'/'images'/'cam_bias.png'
@@ -178,16 +179,13 @@ def speed(a):
     dls = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, splitter=RandomSplitter(seed=0), item_tfms=Resize(size), batch_tfms=aug_transforms()).dataloaders(files, bs=32, num_workers=0)
     learn = vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
     res, x = {}, items_batch(dls.valid, range(32))[0]
-    cam, rates = GradCAM(learn.model), []
-    def seconds(f):
-        t = time.perf_counter(); f()
-        return time.perf_counter() - t
+    cam = GradCAM(learn.model)
     def predict():
         with evaluating(learn.model): learn.model(x)
     cam(x)
-    for _ in range(9): rates.append((seconds(predict), seconds(lambda: cam(x))))
-    res['maps a second'] = middle([len(x)/c for _, c in rates])
-    res['time of a map, as a multiple of a prediction'] = middle([c/p for p, c in rates])
+    predicting, mapping = interleaved([predict, lambda: cam(x)], turns=9)
+    res['maps a second'] = middle([len(x)/c for c in mapping])
+    res['time of a map, as a multiple of a prediction'] = middle([c/p for p, c in zip(predicting, mapping)])
     for name, frozen in (('share of an epoch, frozen body', True), ('share of an epoch, all layers', False)):
         if not frozen: learn.unfreeze()
         with tempfile.TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():

@@ -18,7 +18,8 @@ from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, parent_labe
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock, Resize, aug_transforms, vision_learner
-from fastai_tricks.all import PILImageDraft, accuracy_on, class_ladder, cross_validate, lite0_weights
+from fastai_tricks.all import PILImageDraft, class_ladder, cross_validate, lite0_weights
+from fastai_tricks.cv.climb import accuracy_on
 from common import TrainClock, environment, photos, write_results
 
 EPOCHS, RUNGS = 2, (10, 20, None)
@@ -43,7 +44,7 @@ def carry(name, seed, files, valid, size, bs):
         else: learn.grow_head(dls)
         with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, freeze_epochs=1)
         curve.append(dict(classes=dls.c, seconds=clock.seconds, accuracy=clock.curve[-1][-1]))
-    preds, targs = learn.get_preds()
+    with learn.no_bar(): preds, targs = learn.get_preds()
     return dict(variant=name, seed=seed, epochs=epochs, accuracy=float(accuracy(preds, targs)), first_accuracy=accuracy_on(preds, targs, learn.dls.vocab, ladder[0]),
                 seconds=clock.seconds, images=clock.images, curve=curve)
 
@@ -51,7 +52,8 @@ def signal(name, seed, files, valid, size, bs):
     block = blocks(files, valid, size)
     out = Path(tempfile.mkdtemp())
     began = time.perf_counter()
-    cv = cross_validate(make_learner, block.class_subset(10 if name=='10 classes' else None, by='random', seed=seed), files, n_splits=5, fit=partial(fine_tune, epochs=EPOCHS), seed=seed, out=out, bs=bs, num_workers=0)
+    subset = block.class_subset(10 if name=='10 classes' else None, by='random', seed=seed)
+    cv = cross_validate(make_learner, subset, files, fit=partial(fine_tune, epochs=EPOCHS), n_splits=5, seed=seed, out=out, bs=bs, num_workers=0)
     shutil.rmtree(out)
     return dict(variant=name, seed=seed, seconds=time.perf_counter()-began, images=len(cv.items), accuracy=float(cv.scores.accuracy.mean()), accuracy_sd=float(cv.scores.accuracy.std()))
 

@@ -1,17 +1,18 @@
-"""Images a second on one core, from a JPEG of 2000×1333 pixels to a tensor of 64, 128 or 224 px
+"""Images/s on one core, from a JPEG of 2000×1333 pixels to a tensor of 64, 128 or 224 px
 
     python benchmarks/decode.py [--rounds 7] [--images 24] [--out FILE]
 
-Each round runs all ways in turn, each over the same files, so that a machine that slows down hurts all alike; the ratio to fastai's
-own is of the same round. `limit` is libjpeg's reduced decode alone: no resize, no tensor. The two photos come with scikit-learn.
+The ways are interleaved: each round runs all of them over the same files, so that a machine that slows down hurts all alike. The ratio to
+fastai's own is of the same round. `limit` is libjpeg's reduced decode alone: no resize, no tensor. The two photos come with scikit-learn.
 """
-import argparse, statistics as st, tempfile, time
+import argparse, statistics as st, tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from fastai.vision.all import Image, PILImage, Resize, ToTensor
-from fastai_tricks.resolution import PILImageDraft, draft_scale
+from fastai_tricks.core.timing import interleaved
+from fastai_tricks.data.draft import PILImageDraft, draft_scale
 from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -87,12 +88,9 @@ def main():
                 try: ways[size, name] = make(size)
                 except ImportError: print(f'{name}: not installed, left out')
         for f in ways.values(): f(files[0])
-        for i in range(args.rounds):
-            for (size, name), f in ways.items():
-                began = time.perf_counter()
-                for file in files: f(file)
-                runs.append(dict(round=i, size=size, way=name, images_per_second=len(files)/(time.perf_counter() - began)))
-            print(f'round {i+1} of {args.rounds}', flush=True)
+        def over_files(f): return lambda: [f(file) for file in files]
+        seconds = interleaved([over_files(f) for f in ways.values()], args.rounds, tick=lambda i: print(f'round {i} of {args.rounds}', flush=True))
+        for (size, name), ts in zip(ways, seconds): runs += [dict(round=i, size=size, way=name, images_per_second=len(files)/t) for i, t in enumerate(ts)]
     speed = {(r['round'], r['size'], r['way']): r['images_per_second'] for r in runs}
     summary = []
     for size, name in ways:

@@ -35,7 +35,7 @@ def train(name, files, valid, args, epochs, cb):
     learn.fine_tune(epochs, cbs=clock)
     plan = cb.plan(args.size, epochs, 1) if cb else None
     row = dict(run=name, epochs=epochs, seconds=round(clock.seconds, 1), images_per_s=round(clock.images/clock.seconds, 1), accuracy=round(clock.curve[-1][3], 4),
-               expected_share=round(plan.attrs['share'], 2) if cb else 1., measured_share=clock.seconds/clock.images)
+               expected_share=round(plan.share, 2) if cb else 1., measured_share=clock.seconds/clock.images)
     return row, clock.curve, plan
 
 
@@ -45,8 +45,7 @@ def draw(file, plain, resized, plan, size):
     for label, curve, color in (('full size', plain, 'tab:gray'), ('ProgressiveResize', resized, 'tab:blue')):
         ax.plot([c[0] for c in curve], [c[3] for c in curve], 'o-', label=label, color=color)
     for i, c in enumerate(resized):
-        px = plan[(plan['from']<i+1) & (plan['to']>=i+1-1e-9)]['size'].iloc[-1]
-        ax.annotate(f'{px} px', (c[0], c[3]), textcoords='offset points', xytext=(0, 8), ha='center', fontsize=8, color='tab:blue')
+        ax.annotate(str(plan.of_epoch(i)), (c[0], c[3]), textcoords='offset points', xytext=(0, 8), ha='center', fontsize=8, color='tab:blue')
     ax.set(xlabel='seconds of training', ylabel='accuracy on the validation images', title=f'Same seed, {size} px at the end')
     ax.margins(y=.15)
     ax.legend(loc='lower right')
@@ -70,7 +69,7 @@ def main():
 
     cb = ProgressiveResize()
     # By the pixels: the epochs that plain's training time buys at the smaller sizes
-    cost = lambda n: cb.plan(args.size, n, 1).attrs['share']*(n + 2/3)
+    cost = lambda n: cb.plan(args.size, n, 1).share*(n + 2/3)
     more = max(n for n in range(1, 10*args.epochs) if cost(n)<=args.epochs + 2/3 + 1e-9)
     print(f'{len(files)-len(valid)} training and {len(valid)} validation images of {n_classes} classes (at most {args.max_images}: --max-images)')
     print(f'1. plain: fine_tune({args.epochs}) at {args.size} px    2. ProgressiveResize: fine_tune({more}), about the same training time', flush=True)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from common import environment, photos, write_results
 from fastai_tricks.all import *
-from fastai_tricks.depthwise import dense_convs, in_turn
-from fastai_tricks.precision import half_dtype
+from fastai_tricks.models.convert import dense_convs
+from fastai_tricks.models.layer_times import steady_times
+from fastai_tricks.train.precision import half_dtype
 
 
 def loaders(files, split, size, seed=0):
@@ -210,7 +211,7 @@ def speed(args, dls, make, dense):
             opt.step(); opt.zero_grad()
         return f
     out = []
-    times = {k: in_turn([f(*m) for m in models.values()], args.turns, .2) for k, f in (('inference', infer), ('training', train))}
+    times = {k: steady_times([f(*m) for m in models.values()], args.turns, .2) for k, f in (('inference', infer), ('training', train))}
     for i, (name, (m, _)) in enumerate(models.items()):
         row = dict(variant=name, parameters=millions(m), macs=macs(m, size), n=args.turns)
         for k, t in times.items():

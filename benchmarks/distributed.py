@@ -20,11 +20,11 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock, IndexSplitter, Learner, PILImage, Resize, ResizeMethod, SGD, num_distrib, rank_distrib
 from timm.layers import GroupNorm
-import fastai_tricks.distributed
-from fastai_tricks.core import from_all
-from fastai_tricks.files import resized_copies
-from fastai_tricks.resolution import PILImageDraft
-from fastai_tricks.sample import sample_images
+import fastai_tricks.devices.distributed
+from fastai_tricks.core.processes import from_all
+from fastai_tricks.data.copies import resized_copies
+from fastai_tricks.data.draft import PILImageDraft
+from fastai_tricks.data.sample import sample_images
 
 from common import environment, photos, write_results
 from decode import by_fastai, make_photos

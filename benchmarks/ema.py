@@ -15,7 +15,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.metrics import accuracy
 from fastai.vision.all import Learner, vision_learner
 from fastai_tricks.all import EMA, lite0_weights, sample_images
-from fastai_tricks.ema import all_tensors, copies, update_average
+from fastai_tricks.train.ema import all_tensors, copy_tensors, update_average
 
 from common import environment, loaders, photos, write_results
 
@@ -56,7 +56,7 @@ def train(cfg, files, valid, seed, average, num_workers):
         loss, acc = learn.validate()
     res = dict(seed=seed, seconds=clock.seconds, steps=clock.steps)
     if not average: return dict(res, plain_loss=loss, plain=acc)
-    averages, times = copies(all_tensors(learn.model)), []
+    averages, times = copy_tensors(all_tensors(learn.model)), []
     for _ in range(20):
         began = process_time()
         update_average(averages, all_tensors(learn.model), .9)

@@ -3,7 +3,7 @@
     python benchmarks/loader.py [--seeds 0 1 2] [--workers 0 2] [--out FILE]
 
 Photos of 1024×768 are made of the embedded pictures. For each number of workers and each seed the four variants (`PILImage` or `PILImageDraft`;
-images made small in the loader, or on the device only) train in turn. `waiting` is the time from the end of a training step to the next batch.
+images made small in the loader, or on the device only) train one after the other. `waiting` is the time from the end of a training step to the next batch.
 """
 import argparse, statistics as st, tempfile, time
 from pathlib import Path
@@ -12,9 +12,9 @@ import timm
 import torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, GrandparentSplitter, Image, ImageBlock, Learner, PILImage, Resize, accuracy,
                                aug_transforms, get_image_files, parent_label, set_seed)
-from fastai_tricks.resize import ProgressiveResize
-from fastai_tricks.resolution import PILImageDraft
-from fastai_tricks.sample import sample_images
+from fastai_tricks.resize.callback import ProgressiveResize
+from fastai_tricks.data.draft import PILImageDraft
+from fastai_tricks.data.sample import sample_images
 
 from common import environment, photos, write_results
 

@@ -16,7 +16,7 @@ import torch
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import Learner, vision_learner
-from fastai_tricks.all import lite0_weights, precision_report, sample_images
+from fastai_tricks.all import lite0_weights, sample_images
 from safetensors import safe_open
 from common import environment, loaders, photos, write_results
 
@@ -38,7 +38,7 @@ def speed(a):
             seconds, said = time.perf_counter()-began, re.sub(r'\s+', ' ', out.getvalue()).strip()
             dtype, last = ('bf16' if hasattr(learn, 'mixed_precision') else 'fp32'), hasattr(learn, 'channels_last')
             learn.from_mixed()
-            with learn.no_logging(): df = precision_report(learn, turns=a.turns, compile=False, plot=False)
+            with learn.no_logging(): df = learn.precision_report(turns=a.turns, compile=False).df
             row = df[(df['dtype']==dtype) & (df['channels_last']==last)].iloc[0]
             rows.append(dict(model=name, size=size, chose=row['variant'], said=said, seconds_to_choose=seconds, ratio=row['ratio'], ratio_min=row['ratio_min'], ratio_max=row['ratio_max'], n=int(row['n']),
                              variants=json.loads(df.drop(columns=['size','dtype']).to_json(orient='records'))))

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import timm
 import torch
+from torch.nn import functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.metrics import accuracy
 from fastai.vision.all import Learner, vision_learner
-from fastai_tricks.resize import ProgressiveResize
-from fastai_tricks.sample import lite0_weights, sample_images
+from fastai_tricks.resize.callback import ProgressiveResize
+from fastai_tricks.data.sample import lite0_weights, sample_images
 
 from common import TrainClock, environment, loaders, photos, write_results
 
@@ -34,13 +35,10 @@ EFFICIENCY = .95 # Assumed for the budgets of time; the measured one is in the r
 
 class OthersSchedule(ProgressiveResize):
     "Half size until 50%, full from 75%, steps of 4 px, nearest neighbour, starting over after `fine_tune` unfreezes"
-    def __init__(self): super().__init__(start=.5, until=.75, hold=2/3, crop=False, mult=4, mode='nearest', where='device')
-    def _prepare(self):
-        fit = super()._prepare()
-        fit.frozen = False
-        return fit
+    def __init__(self): super().__init__(.5, until=.75, hold=2/3, crop=False, mult=4, where='device')
+    def fit_plan(self, images, n_epoch, part=None): return super().fit_plan(images, n_epoch, None)
     def plan(self, full, n_epoch=1, freeze_epochs=None): return super().plan(full, n_epoch)
-    def schedule(self, full, tuning=False): return super().schedule(full, False)
+    def shrink(self, xb, yb, size, pixel_points): return tuple(F.interpolate(x, size) for x in xb),yb
 
 
 class OnlyLastValidation(Callback):
@@ -70,7 +68,7 @@ def cost(variant, epochs, size, tuning):
     "Planned cost of a fit, in epochs at full size"
     frozen = FROZEN*tuning
     cb = VARIANTS[variant]()
-    share = cb.plan(size, epochs, 1 if tuning else None).attrs['share'] if cb else 1.
+    share = cb.plan(size, epochs, 1 if tuning else None).share if cb else 1.
     return share*(epochs + frozen)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, MultiCategoryBlock, RandomSplitter, RegexLabeller, parent_label
 from fastai.vision.all import ImageBlock
-import fastai_tricks.subset
+from fastai_tricks.data.items import Items
+import fastai_tricks.data.subset # noqa: F401 - for DataBlock.class_subset
 from common import environment, write_results
 
 N, RUNS = 1_000_000, 5
@@ -25,7 +26,7 @@ def main():
         for k, (items, target, get_y) in kinds.items():
             block = DataBlock((ImageBlock, target), get_y=get_y, splitter=RandomSplitter(seed=42))
             began = time.perf_counter()
-            train, valid = block.class_subset(10, per_class=100).splitter(items)
+            train, valid = Items.read(block.class_subset(10, per_class=100), items).splits
             seconds[k].append(time.perf_counter()-began)
             print(f'{k:20} {seconds[k][-1]:.2f} s, {len(train)} + {len(valid)} items', flush=True)
     write_results(Path(__file__).with_suffix('.json'), dict(environment=environment('pandas'), items=N, n=RUNS,

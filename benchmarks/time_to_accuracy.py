@@ -1,117 +1,219 @@
-"""Seconds of training until the score that plain fastai reaches at its end, for plain and for `fit_fast`, and the score at equal time
+"""Fine-tuning on five photo sets: seconds to the accuracy that a baseline reaches at its end, and accuracy at equal time
 
-    python benchmarks/time_to_accuracy.py tune --data PATH     tf_efficientnet_lite0 with ImageNet weights on photos; PATH is a folder per class
-    python benchmarks/time_to_accuracy.py scratch              resnet10t from scratch on the embedded pictures
+    python benchmarks/time_to_accuracy.py --data FOLDER           all sets, networks and variants of seed 0, hours
+    python benchmarks/time_to_accuracy.py --data FOLDER --nets squeezenet --sets cells --seeds 0 1 2
 
-Plain is what fastai does if nothing is said: `vision_learner`, then `fine_tune` (from scratch `fit_one_cycle`), full size, fp32, its batch size and
-rates. Each seed trains all variants in turn, in one process. Seconds are all that the call takes but validation: the pass for kept features, the timing
-of `to_mixed` and the decoding of images count. They are the processor's, of one thread, so that other work on the machine counts for little; the wall
-clock's are kept too. Results are written after each run; a killed benchmark goes on where it stopped.
+`FOLDER` holds the folders of `sets.py`. All variants train with fastai's defaults where nothing is said: Adam, one-cycle, fp32, batches of 64. Seconds
+are CPU seconds of one thread, and all that the call takes but validation: the pass of features counts. A fixed step of training is timed right before each
+run (`unit`), and ratios are of seconds in such units, so that runs hours apart can be compared on a machine with other work. Results are written
+after each run; a killed benchmark goes on where it stopped.
 """
-import argparse, json, statistics as st, time
+import argparse, fcntl, json, statistics as st, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
-from fastai.metrics import accuracy
-from fastai.vision.all import vision_learner
-from fastai_tricks.all import lite0_weights, sample_images
+from fastcore.basics import noop
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from common import environment, loaders, photos, write_results
+from fastai_tricks.core.learner import swapped
+from fastai_tricks.fast.steps import best_share, blended
+from fastai_tricks.models import fit_head
+from fastai_tricks.models.fit_head import kept_features, trainable_head
+
+from common import environment, write_results
+from sets import NETS, SETS, dls_of
 
 FILE = Path(__file__).with_suffix('.json')
-SIZE = 128
-SETTINGS = dict(
-    tune=dict(arch='tf_efficientnet_lite0', weights='ImageNet', size=SIZE, per_class=8, valid_per_class=5, bs=64),
-    scratch=dict(arch='resnet10t', weights=None, size=SIZE, per_class=10, valid_per_class=9, bs=64, every=3))
-# Name, the line that trains
-RUNS = dict(
-    tune=[('plain', 'learn.fine_tune(4)'), ('fit_fast', 'learn.fit_fast(5)')],
-    scratch=[('plain', 'learn.fit_one_cycle(10)'), ('fit_fast, a third', 'learn.fit_fast(10)'), ('fit_fast', 'learn.fit_fast(32)')])
+SIZE = 64
+SHARES = .3, .5, .7 # As `fit_fast`
 
 
-def now(): return np.array([time.process_time(), time.perf_counter()])
+def now(): return time.process_time()
 
 
 class Seconds(Callback):
-    "Scores on the validation set over the seconds of all else: processor, wall clock"
+    "Accuracy on the validation set over the CPU seconds of all else"
     order = 100
-    def __init__(self, every): self.every, self.validation, self.curve, self.began = every, np.zeros(2), [], now()
+    def __init__(self, each): self.each, self.validation, self.curve, self.began, self.skipped = each, 0., [], now(), True
     def before_validate(self):
         self.since = now()
-        # Within a fit each so many epochs, and at the end
-        self.skipped = not self.lock.locked() and self.epoch+1<self.n_epoch and (self.epoch+1)%self.every>0
+        self.skipped = not self.each and self.lock.locked() and self.epoch+1<self.n_epoch
         if self.skipped: raise CancelValidException()
     def after_validate(self):
-        # The features of the training images are no validation
-        if self.skipped or self.dl.dataset is not self.dls.valid_ds: return
+        value = self.learn.metrics[0].value
+        if self.skipped or value is None or self.dl.dataset is not self.dls.valid_ds: return # A pass of features is no validation
         self.validation += now() - self.since
-        self.curve.append([self.total()[0], float(self.learn.metrics[0].value)])
-    def total(self): return (now() - self.began - self.validation).tolist()
+        self.curve.append([now() - self.began - self.validation, float(value)])
+        self.skipped = True # `lr_find` never begins to validate
 
 
-def train(part, line, files, valid, seed):
-    "One run: seconds, final score, the curve"
-    o = SETTINGS[part]
-    dls = loaders(files, valid, o['size'], seed, bs=o['bs'])
-    kw = dict(pretrained_cfg_overlay=dict(file=str(lite0_weights()))) if o['weights'] else dict(pretrained=False)
-    learn = vision_learner(dls, o['arch'], metrics=accuracy, **kw)
-    clock = Seconds(o.get('every', 1))
-    learn.add_cb(clock)
+class NormsEval(Callback):
+    "Batch norm in evaluation mode, below the head"
+    run_valid = False
+    def before_train(self):
+        for m in self.model[0].modules():
+            if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
+
+
+def found(learn):
+    "The rate of `lr_find`, whose seconds don't count"
+    began = now()
+    lr = learn.lr_find(num_it=50, show_plot=False).valley
+    learn.seconds.began += now() - began
+    return lr
+
+
+def regression(learn):
+    "Logistic regression on standardised features, the strength chosen on a fifth of the training images"
+    split = trainable_head(learn)
+    x, y = (o.numpy() for o in kept_features(learn, split))
+    def fitted(c, x, y): return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300)).fit(x, y)
+    a, b, ya, yb = train_test_split(x, y, test_size=.2, stratify=y, random_state=0)
+    c = max((1e-4, 1e-3, 1e-2, 1e-1), key=lambda c: fitted(c, a, ya).score(b, yb))
+    model, taken = fitted(c, x, y), now() - learn.seconds.began
+    with split.without_head(): x, y = learn.get_preds(act=noop)
+    learn.seconds.curve = [[taken, float((model.predict(x.numpy())==y.numpy()).mean())]]
+
+
+class Head(Callback):
+    "Keeps the weights of epoch 0"
+    def after_epoch(self):
+        if self.epoch==0: self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+def fast(learn, epochs=5, flips=True):
+    """`fit_fast` as it is, but for its last choice, of a blend by the validation images: made on one half of them and scored on the other, both ways,
+    so that no image both chooses and scores. Without `flips` the head sees no mirror images"""
+    head = Head()
+    with nullcontext() if flips else swapped(fit_head, 'flips_images', lambda dl: False): learn.fit_fast(epochs, best=False, cbs=head)
+    seconds, last, right = learn.seconds.curve[-1][0], {k: v.clone() for k, v in learn.model.state_dict().items()}, {}
+    for share in (0, *SHARES, 1):
+        learn.model.load_state_dict(blended(head.state, last, share))
+        preds, ys = learn.get_preds()
+        right[share] = (preds.argmax(1)==ys).float()
+    a, b = torch.arange(len(ys))%2==0, torch.arange(len(ys))%2==1
+    def score(chooses, scores):
+        share = best_share({s: float(r[chooses].mean()) for s, r in right.items()}, True)
+        return float(right[share][scores].sum())
+    learn.seconds.curve.append([seconds, (score(a, b) + score(b, a))/len(ys)])
+    learn.blends = {str(s): float(r.mean()) for s, r in right.items()}
+
+
+# Name -> the line that trains
+BASELINES = {
+    'fine_tune(4)': 'learn.fine_tune(4)',
+    'batches of 16': 'learn.fine_tune(4)',
+    'norms kept': 'learn.fine_tune(4, cbs=NormsEval())',
+    'lr_find': 'learn.fine_tune(4, found(learn))',
+    'twice as long': 'learn.fine_tune(8)'}
+RUNS = {**BASELINES, 'regression': 'regression(learn)', 'fit_fast': 'fast(learn)', 'no mirror images': 'fast(learn, flips=False)'}
+
+
+def unit(learn):
+    "CPU seconds of a training step of 32 images, the median of 3; the Learner is thrown away"
+    learn.unfreeze()
+    learn.create_opt()
+    learn.model.train()
+    x, y = (t[:32] for t in learn.dls.train.one_batch())
+    seconds = []
+    for _ in range(4):
+        began = now()
+        learn.loss_func(learn.model(x), y).backward()
+        learn.opt.step()
+        learn.opt.zero_grad()
+        seconds.append(now() - began)
+    return st.median(seconds[1:])
+
+
+def train(o, data):
+    "One run: seconds, accuracy, the curve"
+    def learner():
+        dls = dls_of(o['set'], data, o['seed'], SIZE, bs=16 if o['name']=='batches of 16' else 64)
+        return NETS[o['net']](dls)
+    per_step, learn = unit(learner()), learner()
+    learn.add_cb(Seconds(o['name'] not in BASELINES))
     with learn.no_bar(), learn.no_logging():
-        clock.began = now()
-        exec(line, dict(learn=learn))
-        seconds, wall = clock.total()
-    return dict(seconds=seconds, wall=wall, accuracy=clock.curve[-1][1], curve=clock.curve)
+        learn.seconds.began = now()
+        exec(RUNS[o['name']], dict(globals(), learn=learn))
+    curve = learn.seconds.curve
+    return dict(o, unit=per_step, seconds=curve[-1][0], accuracy=curve[-1][1], curve=curve, **({'blends': learn.blends} if hasattr(learn, 'blends') else {}), n=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds))
 
 
-def reached(curve, score):
-    "Seconds until `score`, None where it is not reached"
-    return next((s for s, a in curve if a>=score), None)
+# What came out ----------------------------------------------------------------
+
+def pair(runs, name='fit_fast'):
+    "One set, network and seed: `name` against the best of the baselines that have run, and against logistic regression on the same features"
+    by = {r['name']: r for r in runs}
+    if name not in by: return
+    ours, base = by[name], [by[n] for n in BASELINES if n in by]
+    if not {'fine_tune(4)', 'norms kept', 'regression'} <= by.keys(): return
+    time = lambda r: r['seconds']/r['unit']
+    best = max(base, key=lambda r: (r['accuracy'], -time(r)))
+    rivals = [r for r in base if time(r)<=1.15*time(ours)] # Of about equal time, or less
+    per_unit = ours['unit']
+    reached = next((s/per_unit for s, a in ours['curve'] if a>=best['accuracy']), None)
+    return dict(set=ours['set'], net=ours['net'], seed=ours['seed'], best=best['name'], best_accuracy=best['accuracy'], best_time=time(best),
+                plain_accuracy=by['fine_tune(4)']['accuracy'], plain_time=time(by['fine_tune(4)']), equal_time=max(r['accuracy'] for r in rivals),
+                rivals=len(base), regression=by['regression']['accuracy'], head=ours['curve'][0][1], head_time=ours['curve'][0][0]/per_unit,
+                accuracy=ours['accuracy'], time=time(ours), ratio=reached/time(best) if reached else None, n=ours['n'], valid=ours['valid'])
 
 
-def summary(part, runs):
-    "For each variant: seconds, score, and when plain's final score was reached, as shares of plain of the same seed"
-    rows, plain = [], {r['seed']: r for r in runs if r['name']=='plain'}
-    spread = lambda xs: dict(mean=st.mean(xs), min=min(xs), max=max(xs), sd=st.stdev(xs) if len(xs)>1 else None)
-    for name, line in RUNS[part]:
-        rs = [r for r in runs if r['name']==name and r['seed'] in plain]
-        if not rs: continue
-        to_score = [reached(r['curve'], plain[r['seed']]['accuracy']) for r in rs]
-        shares = [s/plain[r['seed']]['seconds'] for s, r in zip(to_score, rs) if s is not None]
-        rows.append(dict(name=name, line=line, n=len(rs), seconds=spread([r['seconds'] for r in rs]), time_ratio=spread([r['seconds']/plain[r['seed']]['seconds'] for r in rs]),
-                         accuracy=spread([r['accuracy'] for r in rs]), difference=spread([r['accuracy'] - plain[r['seed']]['accuracy'] for r in rs]),
-                         reached=len(shares), seconds_to_plain=spread([s for s in to_score if s is not None]) if shares else None, ratio_to_plain=spread(shares) if shares else None))
-    return rows
+def pairs(runs, name='fit_fast'):
+    "Of all sets, networks and seeds where all has run"
+    keys = sorted({(r['set'], r['net'], r['seed']) for r in runs if r['name']=='fit_fast'})
+    found = (pair([r for r in runs if (r['set'], r['net'], r['seed'])==k], name) for k in keys)
+    return [p for p in found if p]
+
+
+def overall(ps):
+    "Means over pairs; where the best baseline was not reached, the ratio counts as that of the whole run, 1 or more"
+    ratios = [p['ratio'] or max(1, p['time']/p['best_time']) for p in ps]
+    gains = [p['accuracy'] - p['equal_time'] for p in ps]
+    se = [(2*p['accuracy']*(1-p['accuracy'])/p['valid'])**.5 for p in ps] # Of a difference of two accuracies, at most
+    least = min(ps, key=lambda p: p['accuracy'] - p['equal_time'])
+    return dict(n=len(ps), ratio=float(np.exp(np.mean(np.log(ratios)))), ratio_min=min(ratios), ratio_max=max(ratios), reached=sum(p['ratio'] is not None for p in ps),
+                gain=st.mean(gains), gain_min=min(gains), gain_max=max(gains), below=sum(g<-2*e for g, e in zip(gains, se)), least=[least['set'], least['net']],
+                over_best=st.mean(p['accuracy'] - p['best_accuracy'] for p in ps), over_regression=st.mean(p['accuracy'] - p['regression'] for p in ps),
+                below_regression=sum(p['accuracy'] - p['regression']<-2*e for p, e in zip(ps, se)))
+
+
+def add(file, run):
+    "Add a run to the file; two processes may work at it"
+    with open(file.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        res = json.loads(file.read_text()) if file.exists() else dict(environment=environment(), size=SIZE, lines=RUNS, runs=[])
+        res['runs'].append(run)
+        res['pairs'] = pairs(res['runs'])
+        if res['pairs']: res['overall'] = overall(res['pairs'])
+        write_results(file, res)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('part', choices=list(RUNS))
-    p.add_argument('--data', help='a folder per class; `scratch` takes the embedded pictures')
-    p.add_argument('--seeds', type=int, nargs='*', default=[0,1,2])
+    p.add_argument('--data', required=True)
+    p.add_argument('--sets', nargs='*', default=list(SETS), choices=list(SETS))
+    p.add_argument('--nets', nargs='*', default=list(NETS), choices=list(NETS))
+    p.add_argument('--names', nargs='*', default=list(RUNS), choices=list(RUNS))
+    p.add_argument('--seeds', type=int, nargs='*', default=[0])
     p.add_argument('--out', type=Path, default=FILE)
     a = p.parse_args()
-    if a.part=='tune' and not a.data: p.error('tune needs --data, a folder per class')
     torch.set_num_threads(1)
-    o = SETTINGS[a.part]
-    files, valid = photos(a.data or sample_images(), o['per_class'], o['valid_per_class'])
-    settings = dict(o, data=Path(a.data).name if a.data else 'embedded pictures', train=len(files)-len(valid), valid=len(valid), runs=RUNS[a.part])
-    settings = json.loads(json.dumps(settings))
-    res = json.loads(a.out.read_text()) if a.out.exists() else {}
-    mine = res.setdefault(a.part, dict(environment=environment(), settings=settings, runs=[]))
-    if mine['settings']!=settings: raise SystemExit(f'{a.out} holds runs of other settings: delete it, or choose another --out')
     for seed in a.seeds:
-        for name, line in RUNS[a.part]:
-            if any(r['name']==name and r['seed']==seed for r in mine['runs']): continue
-            r = dict(name=name, seed=seed, **train(a.part, line, files, valid, seed))
-            mine['runs'].append(r)
-            mine['summary'] = summary(a.part, mine['runs'])
-            # Both parts may be run at the same time
-            write_results(a.out, {**(json.loads(a.out.read_text()) if a.out.exists() else {}), a.part: mine})
-            print(f"seed {seed}  {name:20} {r['seconds']:6.1f} s  accuracy {r['accuracy']:.4f}  {[(round(s), round(v, 3)) for s, v in r['curve']]}", flush=True)
-    for row in mine['summary']: print({k: v for k, v in row.items() if k!='line'})
+        for net in a.nets:
+            for s in a.sets:
+                for name in a.names:
+                    o = dict(set=s, net=net, name=name, seed=seed)
+                    done = json.loads(a.out.read_text())['runs'] if a.out.exists() else []
+                    if any({k: r[k] for k in o}==o for r in done): continue
+                    r = train(o, a.data)
+                    add(a.out, r)
+                    print(f"{s:12} {net:11} {name:14} {seed} {r['seconds']:6.1f} s {r['seconds']/r['unit']:6.0f} units  {r['accuracy']:.4f}", flush=True)
 
 
 if __name__=='__main__': main()

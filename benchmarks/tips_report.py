@@ -28,10 +28,11 @@ def main():
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--out', type=Path, default=Path(tempfile.gettempdir())/'tips_report')
     a = p.parse_args()
+    a.data,a.out = Path(a.data).resolve(),Path(a.out).resolve() # Before the chdir below
     files, valid = photos(a.data, a.per_class, a.valid_per_class, classes=a.classes)
     dblock = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter(valid), item_tfms=Resize(a.size), batch_tfms=aug_transforms())
     os.chdir(lite0_weights().parent) # So that no path of this machine stands in the results
-    report = tips_report(dblock, files, 'tf_efficientnet_lite0', a.minutes, a.tips, a.seeds, bs=a.bs, out=a.out, data=dict(num_workers=0),
+    report = tips_report(dblock, files, 'tf_efficientnet_lite0', a.minutes, a.tips, a.seeds, bs=a.bs, out=a.out, options=dict(data=dict(num_workers=0)),
                          pretrained_cfg_overlay=dict(file=lite0_weights().name))
     print(report)
     write_results(FILE, dict(report.json, out='tips_report', data=Path(a.data).name))

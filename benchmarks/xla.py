@@ -24,7 +24,7 @@ def make_learner():
 def run(cores, steps):
     "Train, predict, then time steps; `cores=0`: the plain CPU"
     from fastai.vision.all import Callback, set_seed
-    from fastai_tricks.xla import start_xla
+    from fastai_tricks.devices.xla import start_xla
     wait = lambda: None
     if cores:
         assert start_xla()==cores

@@ -2,7 +2,7 @@
 import io, math
 import pytest
 from fastai.vision.all import image2tensor
-from fastai_tricks.resolution import PILImageDraft
+from fastai_tricks.data.draft import PILImageDraft
 
 def jpeg(im, **kwargs):
     buf = io.BytesIO()

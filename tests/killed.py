@@ -3,7 +3,7 @@
 A case is a chain of kills such as `batch:10+rename:2`, '' for none: batch:N at the Nth training batch, rename:N just
 before the Nth file is put in place, renamed:N just after it, slow at no point of its own but slowly. With one case its first run
 happens in this process. With more, each run is forked, to import once, and a last run of each ends by itself: in FOLDER/CASE."""
-import os, random, signal, subprocess, sys, time, traceback
+import gc, os, random, signal, subprocess, sys, time, traceback
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -22,16 +22,14 @@ class Slow(Callback):
     run_valid = False
     def before_backward(self): time.sleep(.1)
 
-HOW = dict(kill='') # Not in the code that `climb` compares when a run goes on
-
 def killer():
     "The callback of this run's kill, if it has one"
-    kind,_,n = HOW['kill'].partition(':')
+    kind,_,n = os.environ.get('KILL', '').partition(':') # Not in the code that `climb` compares when a run goes on
     return KillAt(int(n)) if kind=='batch' else Slow() if kind=='slow' else None
 
 def start(kill):
     "Begin a run that dies as `kill` says"
-    HOW['kill'],KillAt.i,replace,count = kill,0,os.replace,[0]
+    os.environ['KILL'],KillAt.i,replace,count = kill,0,os.replace,[0]
     def counted(*args, **kwargs):
         count[0] += 1
         if kill==f'rename:{count[0]}': die()
@@ -56,6 +54,7 @@ def forked(run, folder, kill):
 
 def main(run):
     torch.set_num_threads(1)
+    gc.freeze() # What was imported is no garbage: see conftest.py
     root,*cases = sys.argv[1:]
     if len(cases)==1:
         start(cases[0])

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 export PYTHONWARNINGS=ignore MPLBACKEND=agg PJRT_DEVICE=CPU CPU_NUM_DEVICES=8 TF_CPP_MIN_LOG_LEVEL=2
 
 echo '== page'
-nbdev-test nbs/33_xla.ipynb --n-workers 0 --flags tpu --timing
+nbdev-test nbs/devices/xla.ipynb --n-workers 0 --flags tpu --timing
 
 echo '== tests'
-python -m pytest -q tests/test_xla.py
+python -m pytest -q tests/devices/test_xla.py

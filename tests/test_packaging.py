@@ -8,7 +8,7 @@ from fastai.vision.all import DataBlock, DataLoaders, Learner, PILImage
 from fastcore.docments import docments
 import fastai_tricks, fastai_tricks.all as ft
 from fastai_tricks._modidx import d as index
-from fastai_tricks.sample import sample_images
+from fastai_tricks.data.sample import sample_images
 if sys.version_info >= (3,11): import tomllib
 else: tomllib = pytest.importorskip('tomli')
 
@@ -87,11 +87,13 @@ def test_sample_images_keeps_other_files(tmp_path):
 def test_zip_is_small(): assert ZIP.stat().st_size<=6_000_000
 
 # Pages --------------------------------------------------------------------------
-CELLS = {f.stem:json.loads(f.read_text(encoding='utf-8'))['cells'] for f in sorted((ROOT/'nbs').glob('*.ipynb'))}
-NBS = [n for n in CELLS if n[0].isdigit() and n!='99_all']
-TIP_PAGES = [n for n in NBS if n[:2] in ('10','11','12','20','21','22','30','31','33','40','42','50','60','61','62')]
+PAGES = ROOT/'nbs'
+CELLS = {f.relative_to(PAGES).with_suffix('').as_posix():json.loads(f.read_text(encoding='utf-8'))['cells'] for f in sorted(PAGES.rglob('*.ipynb')) if f.parent.name!='tutorials'}
+NBS = [n for n in CELLS if n not in ('all','index')]
+TIP_PAGES = '''data/draft resize/callback resize/stages data/subset cv/cross_validate cv/climb train/precision devices/distributed devices/xla models/depthwise train/distill
+               train/schedule data/augment look/cam look/background'''.split()
 HEADINGS = ['How to use it','How it works','What it was worth','When not to use it','What it goes with']
-SYMS = [k.split('.', 2)[2] for syms in index['syms'].values() for k in syms] # `Learner.to_mixed` for a patch
+SYMS = [k.removeprefix(f'{mod}.') for mod,syms in index['syms'].items() for k in syms] # `Learner.to_mixed` for a patch
 PATCHED = dict(Learner=Learner, DataBlock=DataBlock, DataLoaders=DataLoaders)
 
 def src(c): return ''.join(c['source'])
@@ -139,6 +141,7 @@ def test_tip_page_has_all_sections(name): assert not set(HEADINGS) - set(heading
 @pytest.mark.parametrize('name', [*NBS, 'index'])
 def test_links_between_pages(name):
     for file,anchor in re.findall(r'\]\(([^)#:\s]*)(?:#([^)\s]+))?\)', text(name)):
-        assert not file or (ROOT/'nbs'/file).exists(), file
-        page = Path(file).stem if file else name
+        target = ((PAGES/name).parent/file).resolve() if file else PAGES/f'{name}.ipynb'
+        assert target.exists(), file
+        page = target.relative_to(PAGES).with_suffix('').as_posix()
         if anchor: assert anchor in [re.sub('`', '', h).replace(' ', '-') for h in headings(page)], f'{file}#{anchor}'

@@ -3,7 +3,7 @@ from itertools import combinations
 from pathlib import Path
 import pytest, torch
 from fastai.torch_core import set_seed
-from test_contract import COMBOS
+from test_contract import PAIRS
 from together import REFUSED, REMARKS, SAME, SIZE, TRICKS, WITH, cell, images, pairs, use
 
 @pytest.fixture(scope='module')
@@ -25,10 +25,10 @@ def test_pair(names, photos, tmp_path):
 
 def test_the_table_says_nothing_that_no_test_runs():
     run = set(map(frozenset, pairs()))
-    contract = {frozenset(SAME.get(n, n) for n in c) for c in COMBOS if len(c)==2}
+    contract = {frozenset(SAME.get(n, n) for n in c) for c in PAIRS}
     known = {frozenset(p):cell(*p)[0] for p in combinations(TRICKS, 2)}
     assert all(known[p] for p in run | contract) and set(REFUSED) | set(REMARKS) <= set(pairs())
     for p in (p for p,said in known.items() if said and p not in run | contract):
         where = next(k for k in p if k in WITH)
-        file = Path(__file__).with_name(dict(accelerate_ctx='test_distributed.py', to_xla='test_xla.py')[where])
+        file = Path(__file__).parent/'devices'/dict(accelerate_ctx='test_distributed.py', to_xla='test_xla.py')[where]
         assert f'def {WITH[where][next(iter(p - {where}))]}(' in file.read_text(), p

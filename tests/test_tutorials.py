@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import fastai.vision.all, fastai_tricks.all
 from fastai.data.block import DataBlock
-from fastai_tricks.climb import Climb
-from fastai_tricks.evaluate import CrossValidation
-from fastai_tricks.report_view import TipsReport
-from fastai_tricks.test_utils import tiny_learner
+from fastai_tricks.cv.climb import Climb
+from fastai_tricks.cv.cross_validate import CrossValidation
+from fastai_tricks.report.result import TipsReport
+from fastai_tricks.core.test_utils import tiny_learner
 
 FOLDER = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'
 TUTORIALS = sorted(FOLDER.glob('*.ipynb'))

@@ -15,5 +15,5 @@ for i, c in enumerate(nb.cells):
 for c in nb.cells: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
 text, _ = MarkdownExporter().from_notebook_node(nb)
 # Links and pictures are relative to nbs/, the README is one level up
-text = re.sub(r'\]\((?!https?:|#)(images/|(?:tutorials/)?\w+\.ipynb)', r'](nbs/\1', text)
+text = re.sub(r'\]\((?!https?:|#)(images/|(?:\w+/)?\w+\.ipynb)', r'](nbs/\1', text)
 (root/'README.md').write_text('<!-- made from nbs/index.ipynb by `make readme` -->\n\n' + text.strip() + '\n', encoding='utf-8')

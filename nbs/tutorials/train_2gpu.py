@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastai.vision.all import *
 from fastai_tricks.all import *
-from fastai_tricks.core import is_main
+from fastai_tricks.core.processes import is_main
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--data', type=Path, help='default: the pictures inside the package')

@@ -25,7 +25,7 @@ resized_copies(args.data or sample_images(), 'copies', sizes=(copy,))
 dls = ImageDataLoaders.from_folder(f'copies/{copy}', valid_pct=.2, seed=42, img_cls=PILImageDraft, item_tfms=Resize(size), bs=bs, device='cpu')
 if args.small: learn = Learner(dls, nn.Sequential(ConvLayer(3, 16, stride=2), ConvLayer(16, 32, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, dls.c)), metrics=accuracy, path='.')
 else: learn = vision_learner(dls, args.arch, metrics=accuracy, path='.')
-with learn.xla_ctx(): # Or `learn.to_xla()` and `learn.detach_xla()`
+with learn.xla_ctx(): # Or `learn.to_xla()` and `learn.from_xla()`
     learn.fine_tune(4, lr)
     print(learn.xla_report())
 learn.export('model.pkl')

@@ -1,0 +1,96 @@
+"A training of a report: what the model got, what the clock counted"
+import pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai_tricks.report.bench import Bench, TrainClock, part_of
+from fastai_tricks.report.data import ReportData
+from fastai_tricks.report.tips import TIPS, Recipe, Tip
+from report_world import DATA, See, block, net
+from test_tips import here
+
+def loaders(n=100, n_valid=8, bs=8): return block(n_valid).dataloaders(list(range(n)), bs=bs, num_workers=0, device='cpu')
+
+def test_validation_is_timed_apart():
+    c = TrainClock(epochs=4, points=2)
+    learn = Learner(loaders(60, 20), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=c)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    assert c.seconds==pytest.approx(4*40*.5) and c.validation==pytest.approx(2*20*.5/3)
+    assert len(c.curve)==2 and c.curve[-1][0]==pytest.approx(c.seconds)
+
+def test_part_of_is_drawn_again_for_training_and_fixed_for_validation():
+    dls = loaders()
+    part = part_of(dls, 16, [3,7])
+    got = [tuple(part.train.get_idxs()) for _ in range(5)]
+    assert len(set(got))==5 and all(len(set(g))==16 for g in got)
+    assert [len(y) for _,y in part.valid]==[2] and len(dls.train)==11 and len(dls.valid)==1
+
+# The lines ------------------------------------------------------------------------
+
+class Watch(Callback):
+    "What the model and the optimiser got"
+    order,run_valid = 99,False
+    def __init__(self): self.shapes,self.lrs,self.images = [],[],[]
+    def after_pred(self):
+        self.shapes.append(tuple(self.xb[0].shape))
+        self.images.append(self.xb[0].mean((1,2,3)).tolist())
+    def after_step(self): self.lrs.append(self.opt.hypers[-1]['lr'])
+    def after_fit(self): self.weights = torch.cat([p.flatten() for p in self.model.parameters()]).tolist()
+
+def watched(tips, epochs=6, images=16, arch=net, fit='fit_one_cycle', seed=0, **kwargs):
+    recipe = Recipe(arch, accuracy, fit, 8, learner=dict(pretrained=False), data=DATA)
+    bench = Bench(ReportData(loaders(40), dblock=block(), source=list(range(40))), recipe, dict(net=net, accuracy=accuracy, device=DATA['device']))
+    watch = Watch()
+    watch.record = bench.train(tips, seed, epochs, images, cbs=watch, **kwargs)
+    return watch
+
+def test_plain_training():
+    w = watched([])
+    assert set(w.shapes)=={(8,3,64,64)} and len(w.shapes)==6*2 and max(w.lrs)==pytest.approx(1e-3, rel=.01)
+    r = w.record
+    assert r['images']==6*16 and len(r['curve'])==4 and r['seconds']==pytest.approx(96*.5) and r['validation']==pytest.approx(4*8*.5/3)
+    assert r['wall']==pytest.approx(r['seconds']+r['setup']+r['validation'])
+
+def test_the_same_seed_gives_the_same():
+    assert watched([]).weights==watched([]).weights!=watched([], seed=1).weights
+
+def test_a_tip_that_draws_random_numbers_trains_on_the_same_images():
+    "As its pair, the baseline of this seed: what making a Learner drew is set back before the fit"
+    draws = Tip('draws', learn='torch.rand(3), np.random.rand(3), random.random()')
+    assert watched([]).images==watched([draws]).images!=watched([draws], seed=1).images
+
+def test_validates_on_the_items_that_were_drawn():
+    watched([], valid=(1,3,4))
+    assert [n for training,n,*_ in See.batches if not training and n>1]==[3]*4 # fastai tries each model with one image
+
+def test_each_tip_changes_what_the_model_gets():
+    size,batch = TIPS['sizes'](here())[0],TIPS['batch'](here())
+    sizes = [s[-1] for s in watched([TIPS['progressive'](here())], images=8).shapes]
+    assert sizes[0]==32 and sizes[-1]==64 and sizes==sorted(sizes)
+    w = watched([size,batch])
+    assert set(w.shapes)=={(16,3,32,32)} and max(w.lrs)==pytest.approx(2e-3, rel=.05)
+    w = watched([TIPS['warmup'](here())])
+    assert w.lrs[0]==0 and max(w.lrs)==pytest.approx(1e-3, rel=.1)
+
+def test_albumentations():
+    pytest.importorskip('albumentations')
+    assert set(watched([TIPS['albumentations'](here())], images=8).shapes)=={(8,3,64,64)}
+
+class Look(Callback):
+    def before_fit(self): self.names,self.distil = {type(m).__name__ for m in self.model.modules()},hasattr(self.learn, 'distill')
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Conv2d(3, 8, 3, 2, 1),nn.Conv2d(8, 8, 3, 2, 1)
+    def forward(self, x): return self.b(self.a(x))
+def two(pretrained=False): return nn.Sequential(Body(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+@pytest.mark.parametrize('fit', ['fit_one_cycle','fine_tune'])
+def test_depthwise_learns_from_the_network_it_was(fit):
+    look = Look()
+    t = Tip('depthwise', switch="dense = learn.model\nlearn.to_depthwise(select=['0.0.b'])", cbs='Distill(dense), look', names=dict(look=look, two=two))
+    w = watched([t], arch=two, fit=fit)
+    assert w.record['images']==6*16 and 'DepthwiseSeparableConv' in look.names and look.distil
