@@ -248,6 +248,7 @@ def xla_report(self:Learner
     cb = _attached(self)
     if cb is None: raise RuntimeError('nothing to report: call `learn.to_xla()` first')
     rows = []
+    cb.tx.core.xla_model.wait_device_ops() # What still runs is counted when it ends
     for k,(n,s) in _counts(cb.tx).items():
         n0,s0 = cb.began.get(k, (0,0))
         if n>n0 or not k.startswith('aten::'): rows.append((k, n-n0, s-s0))
