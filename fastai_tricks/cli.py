@@ -8,10 +8,9 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/cli.html.md"""
 __all__ = ['block_code', 'main']
 
 # %% ../nbs/cli.ipynb #8a120a66
-import argparse
-from fastai.vision.all import *
-from .report.report import ReportOptions, tips_report
-from .report.tips import TIPS
+import argparse, logging, math, os, re, sys, warnings
+from pathlib import Path
+from . import __version__
 
 # %% ../nbs/cli.ipynb #efa2672c
 def block_code(
@@ -31,55 +30,147 @@ def block_code(
             f'item_tfms=Resize({size}), batch_tfms=aug_transforms())')
 
 # %% ../nbs/cli.ipynb #728933ea
+# Those of `TIPS` in report.tips
+_tips = 'draft albumentations sizes progressive mixed depthwise ema warmup batch'.split()
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        "One line, without the usage"
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
+
+def _value(cast, ok, accepted):
+    "A type of argparse: a wrong value is answered with what is accepted"
+    def read(text):
+        try: res = cast(text)
+        except ValueError: res = None
+        if res is None or not ok(res): raise argparse.ArgumentTypeError(f'must be {accepted}, not {text!r}')
+        return res
+    return read
+
+_above_0 = _value(float, lambda v: 0<v<math.inf, 'a number above 0')
+_count = _value(int, lambda v: v>0, 'a positive integer')
+_workers = _value(int, lambda v: v>=0, 'a non-negative integer')
+_share = _value(float, lambda v: 0<v<1, 'a fraction in (0,1)')
+_folder = _value(Path, Path.is_dir, 'a folder')
+_file = _value(Path, Path.is_file, 'a file')
+
+def _add_data(r):
+    r.add_argument('path', metavar='PATH', type=_folder, help='folder of images, with a folder for each class unless --csv is given')
+    r.add_argument('--csv', metavar='FILE', type=_file, help='file with one row per image')
+    r.add_argument('--fn-col', metavar='NAME', default='image', help='its column with the file below PATH (default: %(default)s)')
+    r.add_argument('--label-col', metavar='NAME', default='label', help='its column with the class (default: %(default)s)')
+    r.add_argument('--size', metavar='N', type=_count, default=224, help='square images, pixels (default: %(default)s)')
+    r.add_argument('--valid-pct', metavar='X', type=_share, default=.2, help='share of the validation set (default: %(default)s)')
+    r.add_argument('--bs', metavar='N', type=_count, help='batch size (default: 64, or half of the training images)')
+    r.add_argument('--num-workers', metavar='N', type=_workers, help="processes that load images (default: fastai's)")
+
+def _add_training(r):
+    r.add_argument('--arch', metavar='NAME', default='resnet34', help='a name of timm or torchvision (default: %(default)s)')
+    weights = r.add_mutually_exclusive_group()
+    weights.add_argument('--weights', metavar='FILE', type=_file, help='file with pretrained weights, for a network of timm')
+    weights.add_argument('--scratch', action='store_true', help='no pretrained weights')
+    r.add_argument('--minutes', metavar='X', type=_above_0, default=20, help='for all of it (default: %(default)s)')
+    r.add_argument('--tips', metavar='TIP', nargs='+', default='all', help=f'of {", ".join(_tips)} (default: all)')
+    r.add_argument('--seeds', metavar='N', type=_count, default=3, help='trainings of each (default: %(default)s)')
+    r.add_argument('--lr', metavar='X', type=_above_0, help="largest learning rate (default: fastai's)")
+
 def _parser():
-    p = argparse.ArgumentParser(prog='fastai-tricks', description='Tips for computer vision, and which of them pay on your data')
+    p = _Parser(prog='fastai-tricks', description='Tips for computer vision, and which of them pay on your data')
+    p.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     r = p.add_subparsers(dest='command', required=True).add_parser('report', help='train with and without each tip for the same time')
-    r.add_argument('path', type=Path, help='folder of images, with a folder for each class unless --csv is given')
-    r.add_argument('--csv', type=Path, help='file with one row per image')
-    r.add_argument('--fn-col', default='image', help='its column with the file below PATH (default: %(default)s)')
-    r.add_argument('--label-col', default='label', help='its column with the class (default: %(default)s)')
-    r.add_argument('--arch', default='resnet34', help='a name of timm or torchvision (default: %(default)s)')
-    r.add_argument('--weights', type=Path, help='file with pretrained weights, for a network of timm')
-    r.add_argument('--scratch', action='store_true', help='no pretrained weights')
-    r.add_argument('--minutes', type=float, default=20, help='for all of it (default: %(default)s)')
-    r.add_argument('--tips', nargs='+', default='all', help=f'of {", ".join(TIPS)} (default: all)')
-    r.add_argument('--seeds', type=int, default=3, help='trainings of each (default: %(default)s)')
-    r.add_argument('--size', type=int, default=224, help='square images, pixels (default: %(default)s)')
-    r.add_argument('--bs', type=int, help='batch size (default: 64, or half of the training images)')
-    r.add_argument('--lr', type=float, help="largest learning rate (default: fastai's)")
-    r.add_argument('--valid-pct', type=float, default=.2, help='share of the validation set (default: %(default)s)')
-    r.add_argument('--num-workers', type=int, help="processes that load images (default: fastai's)")
-    r.add_argument('--out', type=Path, default=Path('tips_report'),
+    _add_data(r)
+    _add_training(r)
+    r.add_argument('--out', metavar='OUT', type=Path, default=Path('tips_report'),
                    help='folder of the report; the same call goes on with what is there (default: %(default)s)')
     r.add_argument('--restart', action='store_true', help='delete what is in OUT')
     return p
 
-def _data(p, a):
+# %% ../nbs/cli.ipynb #a0fd3aec
+class _Wrong(ValueError):
+    "Of an option"
+    def __init__(self, option, message): super().__init__(f'argument {option}: {message}')
+
+def _table(a):
+    "The rows of --csv"
+    import pandas as pd
+    try: df = pd.read_csv(a.csv)
+    except ValueError as e: raise _Wrong('--csv', f'{str(a.csv)!r} cannot be read: {e}') from e
+    for option,col in (('--fn-col',a.fn_col),('--label-col',a.label_col)):
+        if col not in df: raise _Wrong(option, f'{str(a.csv)!r} has no column {col!r}, but {", ".join(map(repr, df))}')
+    if not len(df): raise _Wrong('--csv', f'no rows in {str(a.csv)!r}')
+
+def _data(a):
     "Code for the data, and the DataBlock and source that it defines"
-    if not a.path.is_dir(): p.error(f'PATH must be a folder, not {str(a.path)!r}')
-    if a.csv and not a.csv.is_file(): p.error(f'--csv must be a file, not {str(a.csv)!r}')
+    from fastai.vision.all import get_image_files
+    if a.csv: _table(a)
+    elif not get_image_files(a.path): raise _Wrong('PATH', f'no images in {str(a.path)!r}')
     code,names = block_code(a.path, a.size, a.valid_pct, a.csv, a.fn_col, a.label_col),{}
     exec('from fastai.vision.all import *\nimport pandas as pd\n' + code, names)
-    source = names['source']
-    missing = [c for c in (a.fn_col,a.label_col) if c not in source] if a.csv else []
-    if missing: p.error(f'{a.csv} has no column {missing[0]!r}, but {", ".join(map(repr, source))}')
-    return code,names['dblock'],source
+    return code,names['dblock'],names['source']
 
-def _weights(a):
-    "Arguments of `vision_learner`"
-    if a.scratch: return dict(pretrained=False)
-    return dict(pretrained_cfg_overlay=dict(file=str(a.weights))) if a.weights else {}
+def _check_tips(a):
+    from fastai_tricks.report.tips import TIPS
+    unknown = [t for t in a.tips if t not in TIPS] if a.tips!='all' else []
+    if unknown: raise _Wrong('--tips', f'must be of {", ".join(TIPS)}, not {unknown[0]!r}')
+
+def _check_weights(a):
+    "Of networks that there are; about others `tips_report` has more to say"
+    import timm
+    from fastai.vision.all import model_meta
+    from fastai_tricks.models.pretrained import check_weights, fetch_pretrained
+    if timm.is_model(a.arch.split('.')[0]):
+        arch = a.arch
+        try: timm.get_pretrained_cfg(arch)
+        except RuntimeError as e: raise _Wrong('--arch', e) from e
+    else: arch = {f.__name__:f for f in model_meta}.get(a.arch)
+    if arch is None or a.scratch: return
+    try:
+        if not a.weights: fetch_pretrained(arch)
+        elif isinstance(arch, str): check_weights(arch, a.weights)
+        else: raise ValueError(f'{a.arch!r} is no network of timm: leave --weights out')
+    except ValueError as e:
+        if a.weights: raise _Wrong('--weights', e) from e
+        file = '--weights FILE, or ' if isinstance(arch, str) else ''
+        raise _Wrong('--arch', f'{e}: give {file}--scratch to train without them') from e
+
+def _named(e, a):
+    "The message of an error, with the option in the place of the argument of `tips_report`"
+    m = re.match('`(\\w+)` (.*)', str(e), re.S)
+    if not m: return str(e)
+    if m[1]=='source': return f'argument {"--csv" if a.csv else "PATH"}: {m[2]} (in {str(a.csv or a.path)!r})'
+    return f'argument --{m[1]}: {m[2]}' if m[1] in vars(a) else str(e)
+
+# %% ../nbs/cli.ipynb #5dd8f70d
+def _report(a):
+    "Train, print and write"
+    from fastai_tricks.models.pretrained import offline_hub
+    from fastai_tricks.report.report import ReportOptions, tips_report
+    _check_tips(a)
+    code,dblock,source = _data(a)
+    _check_weights(a)
+    weights = dict(pretrained=False) if a.scratch else {}
+    if a.weights: weights = dict(pretrained_cfg_overlay=dict(file=str(a.weights)))
+    options = ReportOptions(lr=a.lr, resume=not a.restart, data={} if a.num_workers is None else dict(num_workers=a.num_workers))
+    with offline_hub():
+        report = tips_report(dblock, source, a.arch, a.minutes, a.tips, a.seeds, out=a.out, bs=a.bs, options=options, **weights)
+    imports,training = report.code.split('\n\n', 1)
+    print(report, '', imports, code, training, '', report.to_html(), sep='\n')
 
 def main(
     argv:list=None, # Default: those of the process
 ):
     "The command `fastai-tricks`"
     p = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv: p.exit(2, p.format_help())
     a = p.parse_args(argv)
-    code,dblock,source = _data(p, a)
+    logging.disable(logging.WARNING)
     try:
-        options = ReportOptions(lr=a.lr, resume=not a.restart, data={} if a.num_workers is None else dict(num_workers=a.num_workers))
-        report = tips_report(dblock, source, a.arch, a.minutes, a.tips, a.seeds, out=a.out, bs=a.bs, options=options, **_weights(a))
-    except ValueError as e: p.error(str(e))
-    imports,training = report.code.split('\n\n', 1)
-    print(report, '', imports, code, training, '', report.to_html(), sep='\n')
+        with warnings.catch_warnings(): # Other libraries warn of each other
+            warnings.simplefilter('ignore')
+            from fastai_tricks.core.runs import RunInUse
+            _report(a)
+    except (ValueError,RunInUse) as e: p.error(_named(e, a))
+    finally: logging.disable(logging.NOTSET)
+
+if __name__=='__main__' and __package__: main() # As `python -m fastai_tricks.cli`; a notebook has no package
