@@ -2,6 +2,7 @@
 import os, re, subprocess, sys, time
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.core import PILImage
+from huggingface_hub import constants
 from fastai_tricks import __version__, cli
 from fastai_tricks.report import report as reports
 from fastai_tricks.report.tips import TIPS
@@ -102,13 +103,14 @@ def test_defaults_of_the_command(photos, monkeypatch):
     seen = {}
     class Done(Exception): pass
     def fake(*args, **kwargs):
-        seen.update(args=args, **kwargs)
+        seen.update(args=args, offline=constants.HF_HUB_OFFLINE, **kwargs)
         raise Done
     monkeypatch.setattr(reports, 'tips_report', fake)
     monkeypatch.setattr(cli, '_check_weights', lambda a: None)
     weights = str(photos/'junk.pth')
     with pytest.raises(Done): cli.main(['report', str(photos), '--restart', '--lr', '.01', '--weights', weights])
     assert seen['args'][1:]==(photos,'resnet34',20,'all',3) and seen['bs'] is None and seen['pretrained_cfg_overlay']==dict(file=weights)
+    assert seen['offline'] and not constants.HF_HUB_OFFLINE # No requests within timed trainings
     assert (seen['options'].lr,seen['options'].resume,seen['options'].data)==(.01,False,{})
 
 def run(*args, cwd):
