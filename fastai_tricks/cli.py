@@ -30,8 +30,8 @@ def block_code(
             f'item_tfms=Resize({size}), batch_tfms=aug_transforms())')
 
 # %% ../nbs/cli.ipynb #728933ea
-# Those of `TIPS` in report.tips
-_tips = 'draft albumentations sizes progressive mixed depthwise ema warmup batch'.split()
+# Those of `TIPS` in report.tips: a test compares them
+_tips = 'draft albumentations sizes progressive mixed depthwise ema smoothing warmup batch compile fit_head fit_fast'.split()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
