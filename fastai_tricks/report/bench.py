@@ -9,15 +9,15 @@ __all__ = ['now', 'TrainClock', 'part_of', 'Bench', 'failure', 'look', 'look_aga
 
 # %% ../../nbs/report/bench.ipynb #6fe8d77d
 import gc, io, time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from fastai.vision.all import *
 from fastai.callback.data import PartialDL
 from ..core.learner import keep_random
 from .data import ReportData
-from .plan import (Budget, check_minutes, least_batches, least_epochs, pace_of, plan_report, ReportPlan, rough_seconds,
-                                       validations)
-from .tips import Here, Recipe, tips_here
+from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
+                                       no_time, pace_of, plan_report, ReportPlan, validations)
+from .tips import by_worth, Here, Recipe, Tip, tips_here
 
 # %% ../../nbs/report/bench.ipynb #b091dcd0
 def now()->float: # Seconds since any start
@@ -29,24 +29,35 @@ class TrainClock(Callback):
     order,run_valid = 100,False # After all others, whose time counts
     def __init__(self,
         epochs:int=1, # Of all fits together
-        points:int=validations, # Validations, evenly spaced, the last at the end
+        points:int=validations, # Validations, evenly spaced; the last one comes after all fits
+        every:bool=False, # Does the fit itself need a validation after each epoch?
     ):
-        self.due = {math.ceil(epochs*(k+1)/points) for k in range(points)}
-        self.seconds,self.validation = 0.,0.
+        self.due,self.every = {math.ceil(epochs*(k+1)/points) for k in range(points-1)},every
+        self.validation,self.head = 0.,None
         self.images,self.done = 0,0
         self.curve = []
     def _now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return now()
-    def before_train(self): self.began = self._now()
+
+    def start(self): self.began = self._now()
+    @property
+    def seconds(self):
+        "Since the start, but for validation"
+        return self._now()-self.began-self.validation
+
+    def before_batch(self):
+        if self.head is None: self.head = self.seconds
     def after_batch(self): self.images += len(self.xb[0])
-    def after_train(self):
-        self.seconds += self._now()-self.began
-        self.done += 1
+    def after_train(self): self.done += 1
+
+    def _validates(self): return self.dl.dataset is self.dls.valid.dataset
     def before_validate(self):
-        self.began = self._now()
-        if self.done not in self.due: raise CancelValidException()
-    def after_validate(self): self.validation += self._now()-self.began
+        self.since = self._now()
+        if self._validates() and not (self.every or self.done in self.due): raise CancelValidException()
+    def after_validate(self):
+        # Features are computed as in validation, too, of training images
+        if self._validates(): self.validation += self._now()-self.since
     def after_epoch(self):
         if self.done in self.due: self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
 
@@ -78,9 +89,10 @@ class Bench:
         exec('from fastai.vision.all import *\nfrom fastai_tricks.all import *', self.names)
         self.names |= (names or {}) | dict(dblock=data.dblock, source=data.source)
 
-    def _space(self, tips=()):
+    def _space(self, tips=(), seed=None):
         "The names that the lines of a training see"
         res = dict(self.names)
+        if self.data.varies and seed is not None: res['dblock'] = self.data.block_at(seed)
         for t in tips: res |= t.names
         return res
 
@@ -92,14 +104,24 @@ class Bench:
         learn.logger = noop
         return learn.remove_cbs(learn.cbs.filter(risinstance(ProgressCallback)))
 
-    def _made(self, recipe, images, valid):
-        "The names, with a Learner that has not trained"
-        space = self._space(recipe.tips)
+    def _made(self, recipe, images, parts, seed):
+        "The names, with a Learner that has not trained, and the loader that it is scored on"
+        space,(valid,choice) = self._space(recipe.tips, seed),parts
         if self.data.loaders: space['dls'] = self.data.dls
         exec(recipe.dls_code(), space)
-        space['dls'] = part_of(space['dls'], images, valid)
+        whole = space['dls']
+        scored = part_of(whole, images, valid)
+        # A fit that chooses by the validation set has a part of it to choose by, and is scored on the other
+        space['dls'] = part_of(whole, images, choice) if choice and any(t.chooses for t in recipe.tips) else scored
         with redirect_stdout(io.StringIO()): exec(recipe.learn_code(), space)
-        return space
+        return space,scored.valid
+
+    def _score(self, learn, dl, clock):
+        "The metric on the images to score on, timed as validation"
+        since = now()
+        score = float(learn.validate(dl=dl)[-1])
+        clock.validation += now()-since
+        return score
 
     def train(self,
         tips:list, # `Tip`s
@@ -107,19 +129,25 @@ class Bench:
         epochs:int, # `least_epochs` or more
         images:int, # In each epoch
         points:int=validations, # Validations
-        valid:list=None, # Items of the validation set to validate on; default: all
+        parts:tuple=(None,None), # Items of the validation set to take scores on, and others to choose by; default: all, none
         cbs=None, # More callbacks
     )->dict: # Seconds of training, validation, setting up and all together; images; score
         "One training; what was seen"
         began,recipe = now(),replace(self.recipe, tips=tuple(tips))
         set_seed(seed)
-        space = self._made(recipe, images, valid)
-        learn,clock = space['learn'],TrainClock(epochs, points)
+        space,scored = self._made(recipe, images, parts, seed)
+        learn,own = space['learn'],any(t.train for t in tips)
+        clock = TrainClock(epochs, points, every=own)
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         set_seed(seed)
-        with learn.no_bar(), learn.no_logging(), learn.added_cbs([clock, *L(cbs)]): exec(recipe.fit_code(epochs), space)
-        res = dict(seconds=clock.seconds, images=clock.images, epochs=epochs, epoch_images=images, curve=clock.curve,
-                   score=clock.curve[-1][1], validation=clock.validation, memory=_peak_memory())
+        with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()) if own else nullcontext():
+            clock.start()
+            with learn.added_cbs([clock, *L(cbs)]): exec(recipe.fit_code(epochs), space)
+            seconds = clock.seconds
+            score = self._score(learn, scored, clock)
+        head = dict(head=seconds if clock.head is None else clock.head, head_images=min(self.data.n, head_passes*images)) if own else {}
+        res = dict(seconds=seconds, images=clock.images, epochs=epochs, epoch_images=images, curve=[*clock.curve, [seconds,score]],
+                   score=score, validation=clock.validation, memory=_peak_memory(), **head)
         space.clear()
         del learn,clock
         gc.collect() # Callbacks hold the Learner that holds them: without this its memory waits on the device
@@ -134,7 +162,7 @@ class Bench:
         n_valid,batch = self.data.n_valid,replace(self.recipe, tips=tuple(tips)).batch
         n = min(n_valid, 2*self.data.bs)
         valid = np.random.default_rng(0).permutation(n_valid)[:n].tolist()
-        return self.train(tips, 0, least_epochs, batches*batch, 1, valid) | dict(valid=n)
+        return self.train(tips, 0, least_epochs, batches*batch, 1, (valid,valid[:n//2])) | dict(valid=n)
 
 # %% ../../nbs/report/bench.ipynb #32a94cf4
 def failure(
@@ -163,9 +191,20 @@ def _miniatures(bench, tips, budget, until, left_out):
                 left_out[k] = failure(e)
     return {k:rs for k,rs in seen.items() if k not in left_out}
 
-def _here(bench, chosen):
-    data = bench.data
-    return Here(bench.learner, data.dblock, data.items, data.size, data.n, data.bs, bench.recipe.fit=='fine_tune', chosen)
+def _here(bench, chosen, seconds=math.inf):
+    data,tuning = bench.data,bench.recipe.fit=='fine_tune'
+    return Here(bench.learner, data.dblock, data.items, data.size, data.n, data.bs, tuning, seconds, chosen)
+
+def _miniature_seconds(bench, base):
+    "Of two miniatures of a variant, about"
+    return 2*(base.setup + base.seconds(least_epochs, least_batches*bench.data.bs, bench.data.n))
+
+def _there_is_time_for(bench, base, budget, spent, n):
+    "How many tips of `n`, as far as each costs what the baseline does; a ValueError where not one"
+    each = least_seconds(base, budget.bs, budget.least_valid, budget.n)
+    mini = _miniature_seconds(bench, base)
+    check_minutes(budget, spent+mini, [.7*(each+mini/budget.seeds)]*min(2, 1+n)) # The first training is slower than others
+    return affordable(budget, 1.15*budget.seconds-spent-mini, [each+mini/budget.seeds]*(1+n))[0] if n else 0
 
 def look(
     bench:Bench,
@@ -173,14 +212,16 @@ def look(
     budget:Budget,
 )->ReportPlan:
     "Which tips there are here, which not and why, and how fast each is"
-    began = now()
-    def check(n): check_minutes(budget, now()-began + rough_seconds(budget, base, n), 1.5)
+    began,entries = now(),by_worth(entries)
     with keep_random():
         base = pace_of([bench.measure([])]) # Something has to be known before anything is spent
-        check(2) # With one tip at least; the first training is slower than others
-        tips,left_out = tips_here(entries, _here(bench, {}))
-        check(1+len(tips))
-        seen = _miniatures(bench, tips, budget, began + .1*budget.seconds, left_out)
+        n = _there_is_time_for(bench, base, budget, now()-began, len(entries))
+        expected = (budget.seconds - (now()-began))/max(1, budget.race(n)+budget.after(n))
+        tips,left_out = tips_here(entries[:n], _here(bench, {}, expected))
+        left_out |= {getattr(k, 'name', k):no_time(budget) for k in entries[n:]}
+        n = min(len(tips), _there_is_time_for(bench, base, budget, now()-began, len(tips)))
+        left_out |= {t.name:no_time(budget) for t in tips[n:]}
+        seen = _miniatures(bench, tips[:n], budget, began + .1*budget.seconds, left_out)
         gc.collect()
     tips = [t for t in tips if t.name in seen]
     return plan_report(budget, now()-began, {k:pace_of(rs) for k,rs in seen.items()}, tips, left_out)
@@ -192,7 +233,9 @@ def look_again(
     kept:dict, # From `ReportPlan.to_dict`
 )->ReportPlan:
     "The plan that was kept, with the lines that its tips have here; nothing is measured"
-    entries = [k for k in entries if getattr(k, 'name', k) not in kept['left_out']]
+    there = {t['name'] for t in kept['tips']}
+    # Of an entry that gives several some may be left out
+    entries = [k for k in entries if k=='sizes' or (getattr(k, 'name', k) not in kept['left_out'])]
     chosen = {t['name']:t['choice'] for t in kept['tips'] if t['choice']}
     with keep_random(): tips,_ = tips_here(entries, _here(bench, chosen))
-    return ReportPlan.from_dict(kept, budget, tips)
+    return ReportPlan.from_dict(kept, budget, [t for t in tips if t.name in there])

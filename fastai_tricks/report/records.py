@@ -33,7 +33,7 @@ def _run_files(out): return sorted((f for f in (out/'runs').glob('*.json') if _r
 
 def _load_run(file):
     res = load_json(file)
-    if isinstance(res, dict) and {'name','seed'}<=set(res): return as_run(res)
+    if isinstance(res, dict) and {'name','seed','stage'}<=set(res): return as_run(res)
     raise ValueError(f'{str(file)!r} is no record of a training: delete it, and what it recorded is made again')
 
 def _load_plan(file, runs):
@@ -76,15 +76,10 @@ class Records:
     def find(self,
         name:str, # Variant
         seed:int,
+        stage:str='race', # Part of the report
     )->dict: # None where there is none
         "The record of a training"
-        return next((r for r in self.runs if (r['name'],r['seed'])==(name,seed)), None)
-
-    def of_seed(self,
-        seed:int,
-    )->list:
-        "All records of a round"
-        return [r for r in self.runs if r['seed']==seed]
+        return next((r for r in self.runs if (r['name'],r['seed'],r['stage'])==(name,seed,stage)), None)
 
     def finish(self,
         report:dict, # Of a finished report

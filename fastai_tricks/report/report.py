@@ -8,7 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report/report.html.md"""
 __all__ = ['ReportOptions', 'tips_report']
 
 # %% ../../nbs/report/report.ipynb #87c83aed
-import difflib, platform
+import difflib, platform, sys
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 import timm
@@ -25,7 +25,7 @@ from .plan import Budget
 from .records import check_free, open_records
 from .result import TipsReport
 from .rounds import Rounds
-from .tips import Recipe, Tip, TIPS
+from .tips import arch_tips, Recipe, source_of, Tip, TIPS
 
 # %% ../../nbs/report/report.ipynb #d2ec54c3
 def _arch(arch):
@@ -61,6 +61,7 @@ class ReportOptions:
     level:float=.95 # Confidence of the intervals, in (0,1)
     small:float=.01 # A difference of the metric below this counts as equal
     steps:int=2 # Combinations to try
+    seed:int=0 # The first one: with another one, a report can be repeated
     resume:bool|str=True # Go on with what is in `out`? 'force': also where code is another one; False: delete it
     data:dict=field(default_factory=dict) # More arguments of `dblock.dataloaders`, such as dict(num_workers=0)
 
@@ -69,6 +70,7 @@ class ReportOptions:
         check_arg(isinstance(self.level, float) and 0<self.level<1, 'level', self.level, 'a fraction in (0,1)')
         check_arg(_is_number(self.small) and 0<=self.small<math.inf, 'small', self.small, 'a non-negative number')
         check_int('steps', self.steps, 0)
+        check_int('seed', self.seed, 0)
         check_arg(self.resume in (True,False,'force'), 'resume', self.resume, "True, False or 'force'")
         check_arg(isinstance(self.data, dict), 'data', self.data, 'a dict of arguments of `dblock.dataloaders`')
 
@@ -87,17 +89,19 @@ class ReportOptions:
         return cls(**(o or {}))
 
 # %% ../../nbs/report/report.ipynb #4a5a2d5d
-def _entries(tips):
+def _entries(tips, archs, tuning):
     "Names in the table, and `Tip`s"
     if isinstance(tips, str) and tips=='all': return list(TIPS)
     entries = [tips] if isinstance(tips, (str,Tip)) else list(tips)
     for t in entries: check_arg(isinstance(t, Tip) or t in TIPS, 'tips', t, f"'all', or of {', '.join(map(repr, TIPS))}, or a `Tip`")
+    entries += arch_tips(archs, tuning)
     own = [t.name for t in entries if isinstance(t, Tip)]
     check_arg(len(set(own) - {'baseline',*TIPS})==len(own), 'tips', own, 'such that each has a name of its own')
     return entries
 
-def _check_args(minutes, seeds, metric, bs):
+def _check_args(minutes, seeds, metric, bs, train_minutes):
     check_arg(_is_number(minutes) and 0<minutes<math.inf, 'minutes', minutes, 'a number above 0')
+    check_arg(train_minutes is None or (_is_number(train_minutes) and 0<train_minutes<math.inf), 'train_minutes', train_minutes, 'a number above 0')
     check_int('seeds', seeds)
     check_int('bs', bs, none=True)
     check_arg(callable(metric) or isinstance(metric, Metric), 'metric', metric, 'a metric of fastai')
@@ -107,15 +111,15 @@ def _names(recipe):
     given = {**recipe.learner, **recipe.data, 'arch':recipe.arch, 'metric':recipe.metric}
     return given | {o.__name__:o for o in given.values() if getattr(o, '__name__', '').isidentifier()}
 
-def _settings(data, recipe, entries, budget, options):
+def _settings(data, recipe, entries, budget, options, train_minutes=None):
     "What was asked for, and what the table says of it"
     metric,arch = mk_metric(recipe.metric).name,recipe.arch
     return dict(
         minutes=budget.minutes, tips=[t.name if isinstance(t, Tip) else t for t in entries],
-        seeds=budget.seeds, metric=metric, level=options.level, small=options.small, steps=budget.steps,
+        seeds=budget.seeds, metric=metric, level=options.level, small=options.small, steps=budget.steps, seed=budget.first,
         lower=any(o in metric for o in ('loss','error')), lr=recipe.lr,
         arch=arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch)), fit=recipe.fit, bs=data.bs, size=list(data.size),
-        chance=data.chance if metric=='accuracy' else None, train=data.n, valid=data.n_valid, classes=data.classes)
+        chance=data.chance if metric=='accuracy' else None, splits='vary' if data.varies else 'fixed', train_minutes=train_minutes, train=data.n, valid=data.n_valid, classes=data.classes)
 
 def _given(kwargs):
     "Arguments as text: what can't be written down by what it is made of"
@@ -156,23 +160,45 @@ def _plan(bench, records, entries, budget):
         said = f"{str(records.out/'plan.json')!r} is no plan of this report ({e})"
         raise ValueError(f'{said}: start again with options=dict(resume=False), or choose another `out`') from e
 
-def _finished(rounds, best, recipe, settings):
+def _in_notebook(o):
+    "The name that a notebook has for `o`; None where there is none"
+    shell = getattr(sys.modules.get('IPython'), 'get_ipython', noop)()
+    return next((k for k,v in getattr(shell, 'user_ns', {}).items() if v is o and not k.startswith('_')), None)
+
+def _data_code(**given):
+    "Lines that define what the lines of a training begin with"
+    def line(k, o):
+        name = _in_notebook(o)
+        if name: return '' if name==k else f'{k} = {name}'
+        return f'{k} = {source_of(o, k)}' if isinstance(o, (str,Path)) else f'# {k}: as it was given to `tips_report`'
+    return '\n'.join(filter(None, (line(k, o) for k,o in given.items())))
+
+def _epochs(runs, name, n):
+    "Of the trainings of a variant, on average"
+    return max(2, round(np.mean([r['images'] for r in runs if r['name']==name])/n))
+
+def _cell(rounds, best, recipe, given):
+    "The parts of the cell to paste"
+    plan,runs = rounds.plan,rounds.records.runs
+    def lines(names): return replace(recipe, tips=tuple(t for t in plan.tips if t.name in names)).code(
+        _epochs(runs, ' + '.join(names) or 'baseline', plan.budget.n))
+    return dict(imports='from fastai.vision.all import *\nfrom fastai_tricks.all import *', data=_data_code(**given),
+                baseline=lines([]), favourite=lines(best))
+
+def _finished(rounds, best, recipe, settings, given):
     "All that the report found"
     plan,runs = rounds.plan,rounds.records.runs
     order = {k:i for i,k in enumerate(plan.variants)}
-    used = ' + '.join(best) or 'baseline'
-    epochs = max(2, round(np.mean([r['images'] for r in runs if r['name']==used])/plan.budget.n))
-    code = replace(recipe, tips=tuple(t for t in plan.tips if t.name in best)).code(epochs)
     return dict(
-        settings=settings | dict(validated=plan.validated), environment=_environment(),
+        settings=settings | dict(validated=plan.validated, seeds=plan.budget.seeds), environment=_environment(),
         minutes=rounds.spent/60, out=str(rounds.records.out), left_out=plan.left_out | rounds.failed,
-        tips={t.name:t.code for t in plan.tips}, together=best, paces=plan.to_dict()['paces'],
-        code=f'from fastai.vision.all import *\nfrom fastai_tricks.all import *\n\n{code}',
+        tips={t.name:t.code for t in plan.tips}, networks=[t.name for t in plan.tips if t.arch is not None],
+        favourite=best, paces=plan.to_dict()['paces'], code=_cell(rounds, best, recipe, given),
         runs=sorted(runs, key=lambda r: order.get(r['name'], len(order))))
 
-def _report(out, data, recipe, entries, budget, options):
+def _report(out, data, recipe, entries, budget, options, train_minutes, given):
     "Alone in the folder `out`"
-    settings = _settings(data, recipe, entries, budget, options)
+    settings = _settings(data, recipe, entries, budget, options, train_minutes)
     identity = _identity(data, recipe, entries, settings)
     with run_lock(out/'report.json', remedy='Wait for it, or choose another `out`'):
         for folder in (out,out/'runs'): remove_parts(folder)
@@ -182,7 +208,7 @@ def _report(out, data, recipe, entries, budget, options):
         print(plan, flush=True)
         if records.runs: print(f'tips_report: going on after {plural(len(records.runs), "training")} in {str(out)!r}', flush=True)
         rounds = Rounds(plan, records, bench.train, settings['lower'])
-        return TipsReport(records.finish(_finished(rounds, rounds.run(), recipe, settings)))
+        return TipsReport(records.finish(_finished(rounds, rounds.run(), recipe, settings, given)))
 
 def tips_report(
     dblock_or_dls:DataBlock|DataLoaders, # What to train on; of loaders the item transforms cannot be changed, and some tips fall away
@@ -194,20 +220,25 @@ def tips_report(
     metric=accuracy, # A metric of fastai; lower is better where its name has 'loss' or 'error' in it
     out:str|Path='tips_report', # Folder of the report; what is there of the same report is taken up
     bs:int=None, # Batch size; default: 64, or half of the training images
+    archs:list|dict=None, # Other networks to compare, as for `rank_archs`
+    train_minutes:float=None, # You will train so long: is the gain still there then?
     options:ReportOptions|dict=None, # `lr`, `level`, `small`, `steps`, `resume`, `data`
     **kwargs, # Passed to `vision_learner`; with `pretrained=False` the baseline is `fit_one_cycle`
 )->TipsReport:
     "Train with and without each tip for the same time, then with the best together"
-    options,entries = ReportOptions.of(options, kwargs),_entries(tips)
-    _check_args(minutes, seeds, metric, bs)
-    arch,fit = _arch(arch),'fine_tune' if kwargs.get('pretrained', True) else 'fit_one_cycle'
+    options,tuning = ReportOptions.of(options, kwargs),kwargs.get('pretrained', True)
+    entries = _entries(tips, archs, tuning)
+    _check_args(minutes, seeds, metric, bs, train_minutes)
+    arch,fit = _arch(arch),'fine_tune' if tuning else 'fit_one_cycle'
+    given = dict(dls=dblock_or_dls) if isinstance(dblock_or_dls, DataLoaders) else dict(dblock=dblock_or_dls, source=source)
     out = Path(out).absolute()
     check_free(out)
     check_writable(out)
     with keep_random():
         data = read_data(dblock_or_dls, source, bs, options.data)
         recipe = Recipe(arch, metric, fit, data.bs, options.lr, data.loaders, kwargs, options.data)
-        budget = Budget(minutes, seeds, options.steps, data.bs, data.n, data.n_valid, data.least_valid)
+        points = mk_metric(metric).name=='accuracy'
+        budget = Budget(minutes, seeds, options.steps, data.bs, data.n, data.n_valid, data.least_valid, points, train_minutes is not None, options.seed)
         made_to_fit = bs is None and data.bs<default_bs and not data.loaders
         if made_to_fit: print(f'tips_report: batches of {data.bs}, half of the {data.n} training images', flush=True)
-        return _report(out, data, recipe, entries, budget, options)
+        return _report(out, data, recipe, entries, budget, options, train_minutes, given)
