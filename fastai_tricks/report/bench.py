@@ -17,7 +17,7 @@ from ..core.learner import keep_random
 from .data import ReportData
 from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
                                        no_time, pace_of, plan_report, ReportPlan, validations)
-from .tips import by_worth, Here, Recipe, Tip, tips_here
+from .tips import by_worth, Here, Recipe, tips_here
 
 # %% ../../nbs/report/bench.ipynb #b091dcd0
 def now()->float: # Seconds since any start
@@ -140,12 +140,14 @@ class Bench:
         clock = TrainClock(epochs, points, every=own)
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         set_seed(seed)
-        with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()) if own else nullcontext():
+        silent = redirect_stdout(io.StringIO()) if own else nullcontext()
+        with learn.no_bar(), learn.no_logging(), silent:
             clock.start()
             with learn.added_cbs([clock, *L(cbs)]): exec(recipe.fit_code(epochs), space)
             seconds = clock.seconds
             score = self._score(learn, scored, clock)
-        head = dict(head=seconds if clock.head is None else clock.head, head_images=min(self.data.n, head_passes*images)) if own else {}
+        # Before the first batch a head is trained, on features of some images
+        head = dict(head=ifnone(clock.head, seconds), head_images=min(self.data.n, head_passes*images)) if own else {}
         res = dict(seconds=seconds, images=clock.images, epochs=epochs, epoch_images=images, curve=[*clock.curve, [seconds,score]],
                    score=score, validation=clock.validation, memory=_peak_memory(), **head)
         space.clear()

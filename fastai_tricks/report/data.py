@@ -79,8 +79,9 @@ def draws_split(
     splitter:Callable, # Of a DataBlock; None is fastai's default, `RandomSplitter()`
 )->bool:
     "Is the split a random one of fastai's, with a seed or without?"
+    if splitter is None: return True
     kind = getattr(splitter, '__qualname__', '').split('.')[0]
-    return splitter is None or (getattr(splitter, '__module__', '')=='fastai.data.transforms' and kind in ('RandomSplitter','TrainTestSplitter'))
+    return getattr(splitter, '__module__', '')=='fastai.data.transforms' and kind in ('RandomSplitter','TrainTestSplitter')
 
 def fresh_split(
     labels:list, # The classes of each item: a list each

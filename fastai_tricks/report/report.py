@@ -101,7 +101,8 @@ def _entries(tips, archs, tuning):
 
 def _check_args(minutes, seeds, metric, bs, train_minutes):
     check_arg(_is_number(minutes) and 0<minutes<math.inf, 'minutes', minutes, 'a number above 0')
-    check_arg(train_minutes is None or (_is_number(train_minutes) and 0<train_minutes<math.inf), 'train_minutes', train_minutes, 'a number above 0')
+    known = train_minutes is None or (_is_number(train_minutes) and 0<train_minutes<math.inf)
+    check_arg(known, 'train_minutes', train_minutes, 'a number above 0, or None')
     check_int('seeds', seeds)
     check_int('bs', bs, none=True)
     check_arg(callable(metric) or isinstance(metric, Metric), 'metric', metric, 'a metric of fastai')
@@ -119,7 +120,8 @@ def _settings(data, recipe, entries, budget, options, train_minutes=None):
         seeds=budget.seeds, metric=metric, level=options.level, small=options.small, steps=budget.steps, seed=budget.first,
         lower=any(o in metric for o in ('loss','error')), lr=recipe.lr,
         arch=arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch)), fit=recipe.fit, bs=data.bs, size=list(data.size),
-        chance=data.chance if metric=='accuracy' else None, splits='vary' if data.varies else 'fixed', train_minutes=train_minutes, train=data.n, valid=data.n_valid, classes=data.classes)
+        chance=data.chance if metric=='accuracy' else None, splits='vary' if data.varies else 'fixed',
+        train_minutes=train_minutes, train=data.n, valid=data.n_valid, classes=data.classes)
 
 def _given(kwargs):
     "Arguments as text: what can't be written down by what it is made of"
@@ -238,7 +240,8 @@ def tips_report(
         data = read_data(dblock_or_dls, source, bs, options.data)
         recipe = Recipe(arch, metric, fit, data.bs, options.lr, data.loaders, kwargs, options.data)
         points = mk_metric(metric).name=='accuracy'
-        budget = Budget(minutes, seeds, options.steps, data.bs, data.n, data.n_valid, data.least_valid, points, train_minutes is not None, options.seed)
+        budget = Budget(minutes, seeds, options.steps, data.bs, data.n, data.n_valid, data.least_valid, points,
+                        train_minutes is not None, options.seed)
         made_to_fit = bs is None and data.bs<default_bs and not data.loaders
         if made_to_fit: print(f'tips_report: batches of {data.bs}, half of the {data.n} training images', flush=True)
         return _report(out, data, recipe, entries, budget, options, train_minutes, given)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from fastai.vision.all import *
 from ..core.progress import Progress, ShowEpoch
 from .bench import failure
-from .plan import cost_factor, machine_scale, Pace, ReportPlan, rotated, training_within
+from .plan import cost_factor, machine_scale, ReportPlan, rotated, training_within
 from .records import Records
 from .verdicts import differences, scores_of
 
@@ -74,8 +74,9 @@ class Rounds:
     )->float: # Higher is better
         "Mean difference to the baseline in the race"
         diffs = differences(scores_of(self.runs('race','together')), name, seeds)
-        gain = (-1 if self.lower else 1)*float(np.mean(diffs)) if diffs else math.nan
-        return -math.inf if math.isnan(gain) else gain # What diverged is worse than all others
+        gain = float(np.mean(diffs or [math.nan]))
+        if math.isnan(gain): return -math.inf # What diverged is worse than all others
+        return -gain if self.lower else gain
 
     def _pace(self, name): return self.guesses.get(name) or self.plan.paces[name]
     def _planned(self, r): return self._pace(r['name']).seconds(r['epochs'], r['epoch_images'], self.plan.budget.n)
@@ -83,25 +84,29 @@ class Rounds:
     def _factor(self, name):
         "How many times what its miniatures say a variant costs"
         if name=='baseline': return 1.
-        pairs = [(r,self.records.find('baseline', r['seed'], r['stage'])) for r in self.records.runs if r['name']==name]
-        pairs += [(r,self.records.find('baseline', r['seed'], 'race')) for r in self.records.runs if r['name']==name and r['stage']=='together']
-        return cost_factor([tuple((o['seconds'],self._planned(o)) for o in p) for p in pairs if p[1]])
+        pairs = []
+        for r in self.records.runs:
+            stage = 'race' if r['stage']=='together' else r['stage']
+            base = self.records.find('baseline', r['seed'], stage) if r['name']==name else None
+            if base: pairs.append([(o['seconds'],self._planned(o)) for o in (r,base)])
+        return cost_factor(pairs)
 
     def _scale(self, seed, stage):
         "How slow the machine is, by all trainings of the last round"
         if mine := self.runs(stage, seeds=[seed]): return mine[0]['scale']
         if not self.records.runs: return 1.
         last = self.records.runs[-1]
-        return machine_scale([(r['seconds'], self._planned(r), self._factor(r['name'])) for r in self.runs(last['stage'], seeds=[last['seed']])])
+        runs = self.runs(last['stage'], seeds=[last['seed']])
+        return machine_scale([(r['seconds'], self._planned(r), self._factor(r['name'])) for r in runs])
 
     def _run(self, name, tips, seed, stage, seconds, what):
         "Train a variant, unless its record is there"
         if self.records.find(name, seed, stage): return self.progress.next(ran=False)
-        scale,budget,p = self._scale(seed, stage),self.plan.budget,self._pace(name)
-        batch,times = budget.bs*math.prod(t.bs for t in tips),scale*self._factor(name)
-        epochs,images = training_within(seconds, replace(p, image=p.image*times, head=p.head*times), budget.n, batch)
+        plan,scale = self.plan,self._scale(seed, stage)
+        batch,times = plan.budget.bs*math.prod(t.bs for t in tips),scale*self._factor(name)
+        epochs,images = training_within(seconds/times, self._pace(name), plan.budget.n, batch)
         self.progress.show(what)
-        record = self.train(tips, seed, epochs, images, parts=(self.plan.valid,self.plan.choice), cbs=ShowEpoch(self.progress, what))
+        record = self.train(tips, seed, epochs, images, parts=(plan.valid,plan.choice), cbs=ShowEpoch(self.progress, what))
         self.records.add(dict(name=name, seed=seed, stage=stage, budget=seconds, scale=scale, **record))
         self.progress.next()
 

@@ -231,10 +231,11 @@ def _depthwise(o):
     if not dense: return 'there is no dense convolution of more than 1×1'
     choice = o.chosen.get('depthwise') or _faster(learn)
     names = choice['select']
-    check_arg(isinstance(names, list) and all(n in dense for n in names), 'select', names, 'a list of dense convolutions of the network')
+    known = isinstance(names, list) and all(n in dense for n in names)
+    check_arg(known, 'select', names, 'a list of dense convolutions of the network')
     if not names: return 'no dense convolution would be faster'
-    return Tip('depthwise', code="learn.to_depthwise(select='faster'), then Distill(dense)",
-               switch=f'dense = learn.model\nlearn.to_depthwise(select={names})', cbs='Distill(dense)', choice=choice, kind='layers network')
+    return Tip('depthwise', code="learn.to_depthwise(select='faster'), then Distill(dense)", cbs='Distill(dense)', choice=choice,
+               switch=f'dense = learn.model\nlearn.to_depthwise(select={names})', kind='layers network')
 
 def _warmup(o):
     fits = dict(fine_tune='fine_tune_warmup', fit_one_cycle='fit_warmup_one_cycle')
@@ -298,8 +299,9 @@ TIPS = dict(
     fit_head=_fit_head,
     fit_fast=_fit_fast)
 
-# What is looked at first where the minutes do not suffice for all: the largest gains on four photo sets, then the cheapest to try
-FIRST = 'fit_fast','progressive','mixed','smoothing','fit_head','sizes','batch','warmup','ema','albumentations','draft','depthwise','compile'
+# What is looked at first where the minutes do not suffice for all: the largest gains on photo sets, then the cheapest to try
+FIRST = ('fit_fast','progressive','mixed','smoothing','fit_head','sizes','batch','warmup','ema','albumentations','draft',
+         'depthwise','compile')
 
 def by_worth(
     entries:list, # Names in `TIPS`, or `Tip`s
