@@ -206,7 +206,7 @@ def _there_is_time_for(bench, base, budget, spent, n):
     each = least_seconds(base, budget.bs, budget.least_valid, budget.n)
     mini = _miniature_seconds(bench, base)
     check_minutes(budget, spent+mini, [.7*(each+mini/budget.seeds)]*min(2, 1+n)) # The first training is slower than others
-    return affordable(budget, 1.15*budget.seconds-spent-mini, [each+mini/budget.seeds]*(1+n))[0] if n else 0
+    return max(1, affordable(budget, 1.15*budget.seconds-spent-mini, [each+mini/budget.seeds]*(1+n))[0]) if n else 0
 
 def look(
     bench:Bench,

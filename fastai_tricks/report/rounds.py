@@ -148,7 +148,7 @@ class Rounds:
         begun = any(self.records.find(name, s, 'together') for s in seeds)
         cost = len(seeds)*np.mean([r['wall'] for r in self.runs('race', seeds=seeds[-1:])])
         reserved = 2*self.plan.budget.seeds*cost/len(seeds) # For the fresh seeds
-        if not begun and self.left-reserved<.9*cost: return
+        if not begun and self.left-reserved<.6*cost: return
         paces = [self._pace(k) for k in names]
         base = self.plan.paces['baseline']
         # As far as the tips do not meddle with each other
@@ -156,7 +156,7 @@ class Rounds:
         self.guesses[name] = replace(base, image=image, head=sum(p.head for p in paces))
         self.progress = Progress([1]*len(seeds))
         try:
-            for s in seeds: self._round([name], s, 'together', f'{name}, seed {s+1}', seconds=self.runs('race', seeds=[s])[0]['budget'])
+            for s in seeds: self._round([name], s, 'together', f'seed {s+1}', seconds=self.runs('race', seeds=[s])[0]['budget'])
         except Exception as e: # Two tips that do not go together must not cost the whole report
             self.failed[name] = failure(e)
             return -math.inf

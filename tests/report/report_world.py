@@ -66,7 +66,8 @@ def worth(name, gain, cost=1, **kwargs):
 class Pretend:
     "Stands for `Bench.train`: half a second per image, times what the tips cost"
     def __init__(self): self.calls,self.noise = [],.001
-    def __call__(self, tips, seed, epochs, images, points=4, valid=None, cbs=None):
+    def __call__(self, tips, seed, epochs, images, points=4, parts=(None,None), cbs=None):
+        valid = parts[0]
         self.calls.append(dict(tips=[t.name for t in tips], seed=seed, epochs=epochs, images=images, points=points, valid=valid))
         began = clock()
         clock.spend(2)
@@ -77,7 +78,7 @@ class Pretend:
         clock.spend(points*len(valid or range(8))/6)
         validation = clock()-began_validation
         gains = of('gain', 0)
-        score = .5 + .002*seed + sum(gains) + self.noise*len(gains)*(seed%3)
+        score = .5 + .002*(seed%100) + sum(gains) + self.noise*len(gains)*(seed%3)
         curve = [[seconds*(k+1)/points, score*(k+1)/points] for k in range(points)]
         wall = clock()-began
         return dict(seconds=seconds, images=epochs*images, epochs=epochs, epoch_images=images, curve=curve, score=score, validation=validation,
@@ -97,6 +98,7 @@ DATA = dict(num_workers=0, device=torch.device('cpu'))
 
 def report(out, tips, minutes=None, n=48, db=None, seeds=3, steps=2, options=None, **kwargs):
     "About 15 batches for each training"
-    if minutes is None: minutes = 1.*seeds*(1+len(tips)+min(steps, len(tips)-1))
+    n_tips = len(tips)
+    if minutes is None: minutes = 1.*seeds*(1+n_tips + max(0, min(steps, n_tips-1)) + 2*(n_tips>1))
     args = dict(arch=net, pretrained=False, bs=4, minutes=minutes, tips=tips, metric=Score(), out=out, seeds=seeds)
     return tips_report(db or block(), list(range(n)), **{**args, **kwargs}, options=dict(steps=steps, data=DATA) | (options or {}))

@@ -16,9 +16,21 @@ def loaders(n=100, n_valid=8, bs=8): return block(n_valid).dataloaders(list(rang
 def test_validation_is_timed_apart():
     c = TrainClock(epochs=4, points=2)
     learn = Learner(loaders(60, 20), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=c)
+    c.start()
     with learn.no_bar(), learn.no_logging(): learn.fit(4)
-    assert c.seconds==pytest.approx(4*40*.5) and c.validation==pytest.approx(2*20*.5/3)
-    assert len(c.curve)==2 and c.curve[-1][0]==pytest.approx(c.seconds)
+    # The second point is the final score
+    assert c.seconds==pytest.approx(4*40*.5) and c.validation==pytest.approx(20*.5/3)
+    assert len(c.curve)==1 and c.curve[0][0]==pytest.approx(2*40*.5)
+
+def test_features_of_training_images_count_as_training():
+    c = TrainClock(epochs=1, every=True)
+    learn = Learner(loaders(60, 20), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=c)
+    c.start()
+    with learn.no_bar(), learn.no_logging():
+        learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False))
+        assert c.head is None and c.seconds==pytest.approx(40*.5/3) and c.validation==0
+        learn.fit(1)
+    assert c.head==pytest.approx(40*.5/3) and c.seconds==pytest.approx(40*.5/3 + 40*.5) and c.validation==pytest.approx(20*.5/3)
 
 def test_part_of_is_drawn_again_for_training_and_fixed_for_validation():
     dls = loaders()
@@ -26,6 +38,29 @@ def test_part_of_is_drawn_again_for_training_and_fixed_for_validation():
     got = [tuple(part.train.get_idxs()) for _ in range(5)]
     assert len(set(got))==5 and all(len(set(g))==16 for g in got)
     assert [len(y) for _,y in part.valid]==[2] and len(dls.train)==11 and len(dls.valid)==1
+
+class Watched(Callback):
+    "How many images each validation of a fit has"
+    def __init__(self, seen): self.seen = seen
+    def before_validate(self): self.seen.append(len(self.dl.get_idxs()))
+
+def test_a_fit_that_chooses_never_sees_what_it_is_scored_on():
+    seen = []
+    t = Tip('own', train='learn.fit_one_cycle({epochs}, cbs=Watched(seen))', chooses=True, names=dict(Watched=Watched, seen=seen))
+    w = watched([t], parts=((1,3,4,6,7),(0,2)))
+    assert seen==[2]*6 # It may look after each epoch
+    scored = [n for training,n,*_ in See.batches if not training and n>1]
+    assert scored==[2]*6+[5] and w.record['curve'][-1]==[w.record['seconds'],w.record['score']] and len(w.record['curve'])==4
+    See.batches = []
+    assert watched([], parts=((1,3,4,6,7),(0,2))).record['images']==6*16
+    assert [n for training,n,*_ in See.batches if not training and n>1]==[5]*4 # All others on the same images
+
+def test_a_head_first_is_timed_apart():
+    t = Tip('head', train='learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False)); learn.fit_one_cycle({epochs})')
+    r = watched([t]).record
+    assert r['head']==pytest.approx(32*.5/3) and r['head_images']==32 and r['seconds']==pytest.approx(32*.5/3 + 96*.5)
+    alone = watched([Tip('alone', train='learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False))')]).record
+    assert alone['images']==0 and alone['head']==alone['seconds']==pytest.approx(32*.5/3)
 
 # The lines ------------------------------------------------------------------------
 
@@ -62,7 +97,7 @@ def test_a_tip_that_draws_random_numbers_trains_on_the_same_images():
     assert watched([]).images==watched([draws]).images!=watched([draws], seed=1).images
 
 def test_validates_on_the_items_that_were_drawn():
-    watched([], valid=(1,3,4))
+    watched([], parts=((1,3,4),None))
     assert [n for training,n,*_ in See.batches if not training and n>1]==[3]*4 # fastai tries each model with one image
 
 def test_each_tip_changes_what_the_model_gets():

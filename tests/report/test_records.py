@@ -95,7 +95,7 @@ def test_what_a_run_notes_down_is_no_part_of_what_it_is(tmp_path, monkeypatch, p
     report(tmp_path/'out', TIPS, metric=metric)
     with pytest.raises(ValueError, match='code of the metric: '): report(tmp_path/'out', TIPS, metric=Own(.4))
     # As asked
-    assert report(tmp_path/'out', TIPS, metric=Own(.4), options=dict(resume='force')).json['together']
+    assert report(tmp_path/'out', TIPS, metric=Own(.4), options=dict(resume='force')).json['favourite']
     with pytest.raises(ValueError, match='`resume`'): report(tmp_path/'out', TIPS, options=dict(resume='always'))
 
 # Company ------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_two_at_once_one_is_refused_in_one_line(tmp_path, monkeypatch, pretend):
     res = report(out, TIPS)
     text = said.read_text()
     assert text.startswith(f"RunInUse: 'out/report.json' is in use by process {os.getpid()} since ") and text.endswith('Wait for it, or choose another `out`') and '\n' not in text
-    assert res.json['together']==['b','a'] and report(out, TIPS).code==res.code # Free again
+    assert res.json['favourite']==['b','a'] and report(out, TIPS).code==res.code # Free again
 
 def test_killed_at_a_rename_and_run_again(tmp_path):
     "What it left half written goes at the next start"
@@ -194,7 +194,7 @@ def test_a_score_that_is_no_number(tmp_path, pretend):
     tips = [worth('diverges', math.nan), worth('explodes', math.inf), worth('good', .02)]
     res = report(tmp_path, tips)
     kept,n = [strictly(f) for f in tmp_path.rglob('*.json')],len(pretend.calls)
-    assert {r['score'] for r in kept if r.get('name')=='diverges'}=={None} and res.json['together']==['good']
+    assert {r['score'] for r in kept if r.get('name')=='diverges'}=={None} and res.json['favourite']==['good']
     for again in (res, report(tmp_path, tips), TipsReport.load(tmp_path)):
         df = again.df.set_index('tip')
         assert df.score.isna().tolist()[:4]==[False,True,True,False] and df.verdict['good']=='pays' and df.verdict['diverges']!='pays'

@@ -51,7 +51,7 @@ def test_budget(finished):
 def test_what_it_found(finished):
     res = finished[0]
     verdicts = dict(res.df.set_index('tip').verdict)
-    assert verdicts['<b>good</b>']=='pays' and verdicts['32 px']=='no difference' and res.json['together']==['<b>good</b>']
+    assert verdicts['<b>good</b>']=='pays' and verdicts['32 px']=='no difference' and res.json['favourite']==['<b>good</b>']
     assert list(res.left_out)==['fails'] and 'no_such_thing' in res.left_out['fails'] and res.left_out['fails'] in repr(res)
     assert res.json['settings']['bs']==4 and '40 + 8 images of 2 classes at 64 px, batches of 4; 3 seeds' in res.conditions
 
@@ -72,7 +72,7 @@ def test_code_runs_on_the_same_data(tmp_path, pretend):
                        splitter=RandomSplitter(.3, seed=1), item_tfms=Resize(64), batch_tfms=aug_transforms())
     small = Tip('small', block='dblock = block_with(dblock, size=32)\nadd = Worth', names=dict(Worth=Worth, gain=.02), learn='learn.add_cb(add(.02))')
     res = tips_report(dblock, folder, net, 9, [small,'progressive','batch'], seeds=1, metric=Score(), out=tmp_path, bs=4, options=dict(data=dict(num_workers=0)), pretrained=False)
-    assert 'small' in res.json['together']
+    assert 'small' in res.json['favourite']
     names = dict(dblock=dblock, source=folder, net=net, metric=Score(), Worth=Worth)
     silent = re.sub(r'learn\.fit_one_cycle\(\d+', 'ctx = [learn.no_bar(), learn.no_logging()]\nfor c in ctx: c.__enter__()\nlearn.fit_one_cycle(1', res.code)
     exec('from fastai.basics import defaults\n' + silent, names)

@@ -76,7 +76,7 @@ def test_verdicts_and_combination(tmp_path):
     assert list(df.index)==['baseline','good','poor','better','spoils','better + good','better + good + spoils']
     assert dict(df.verdict.iloc[1:5])==dict(good='pays', poor='costs', better='pays', spoils='pays')
     assert df.difference['poor']==pytest.approx(-.029) and df.score['baseline']==pytest.approx(.502)
-    assert res.json['together']==['better','good','spoils']
+    assert res.json['favourite']==['better','good','spoils']
     assert [l for l in res.code.splitlines() if 'Worth' in l]==['learn.add_cb(Worth(0.02))','learn.add_cb(Worth(0.03))','learn.add_cb(Worth(0.01))']
     assert np.isnan(df.to_baseline['poor']) and df.to_baseline['good']<=df.seconds['good']
 
@@ -87,7 +87,7 @@ def test_two_of_a_kind_are_not_combined(tmp_path):
 def test_lower_is_better(tmp_path):
     class Loss(Score): name = 'made_up_loss'
     res = report(tmp_path, [worth('good', -.03), worth('poor', .03)], metric=Loss())
-    assert dict(res.df.set_index('tip').verdict)=={'baseline':'', 'good':'pays', 'poor':'costs'} and res.json['together']==['good']
+    assert dict(res.df.set_index('tip').verdict)=={'baseline':'', 'good':'pays', 'poor':'costs'} and res.json['favourite']==['good']
 
 def test_combination_that_fails_costs_nothing_else(tmp_path, pretend, monkeypatch):
     def fails(self, tips, *args, **kwargs):
@@ -95,14 +95,14 @@ def test_combination_that_fails_costs_nothing_else(tmp_path, pretend, monkeypatc
         return pretend(tips, *args, **kwargs)
     monkeypatch.setattr(bench.Bench, 'train', fails)
     res = report(tmp_path, [worth('a', .02), worth('b', .01)])
-    assert res.json['together']==['a'] and 'AssertionError' in res.left_out['a + b']
+    assert res.json['favourite']==['a'] and 'AssertionError' in res.left_out['a + b']
 
 def test_the_best_is_judged_again_with_the_new_seeds(tmp_path):
     "What gained with the first three, and loses more with those that the time left allows, is not recommended"
     lucky = Tip('lucky', learn='learn.add_cb(Lucky(0))', names=dict(gain=lambda seed: .02 if seed<3 else -.3))
     res = report(tmp_path, [lucky, worth('poor', -.02)], 14) # The time for combinations is left
     assert len(res.differences('lucky'))>3 and np.mean(res.differences('lucky')[:3])>0>np.mean(res.differences('lucky'))
-    assert res.json['together']==[] and 'Lucky' not in res.code
+    assert res.json['favourite']==[] and 'Lucky' not in res.code
 
 @pytest.mark.parametrize('n', [1,2])
 def test_no_verdict_without_seeds(tmp_path, n):
@@ -110,7 +110,7 @@ def test_no_verdict_without_seeds(tmp_path, n):
 
 def test_no_tips(tmp_path):
     res = report(tmp_path, [], 4)
-    assert res.names==['baseline'] and res.json['together']==[] and 'vision_learner' in res.code
+    assert res.names==['baseline'] and res.json['favourite']==[] and 'vision_learner' in res.code
 
 # Resumption ---------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ def test_all_done_trains_nothing(whole, pretend, capsys):
     assert pretend.calls==[] and 'going on after' in capsys.readouterr().out
     pd.testing.assert_frame_equal(res.df, again.df)
 
-@pytest.mark.parametrize('kw,what', [(dict(minutes=5), 'minutes: 12.0 there, 5 here'), (dict(options=dict(lr=.1)), 'lr: None there, 0.1 here'), (dict(n=90), 'training items: 40 there, 82 here'),
+@pytest.mark.parametrize('kw,what', [(dict(minutes=5), 'minutes: 18.0 there, 5 here'), (dict(options=dict(lr=.1)), 'lr: None there, 0.1 here'), (dict(n=90), 'training items: 40 there, 82 here'),
                                      (dict(tips=[worth('c', .1)]), 'tips: \\["a", "b"\\] there')])
 def test_other_settings_are_refused(whole, kw, what):
     was = sorted(Path(whole[0].json['out']).rglob('*'))
