@@ -66,6 +66,9 @@ def test_others_that_paid_are_named():
 def test_nothing_chosen():
     assert make(dict(baseline=BASE, a=[.69,.71,.70])).advice=='No tip paid here; keep `fine_tune`.'
     assert make(dict(baseline=BASE), fit='fit_one_cycle').advice=='No tip could be tried here; keep `fit_one_cycle`.'
+    # A loss that may be none is nothing to look into
+    res = make(dict(baseline=BASE, a=[.69,.73,.69]))
+    assert res.df.verdict[1]=='inconclusive' and res.advice=='No tip paid here; keep `fine_tune`.'
     # A gain that nobody chose: said of the race, as there was no choice to pay for
     one = make(dict(baseline=BASE, a=[.80,.82,.811]))
     assert one.advice.startswith('Use a: accuracy .810 instead of .710, +10.0 points (95% interval') and one.advice.endswith('; 3 seeds).')
@@ -95,6 +98,7 @@ def test_nothing_learned():
     res = make(chance, chance=.2) # Two standard errors: .28
     assert res.advice.startswith('Nothing was learned: no accuracy is better than always') and res.df.verdict.tolist()==['','nothing learned']
     assert res.code.splitlines()[-1]=='x = source'
+    assert make(dict(baseline=[.5,.52,.51], a=[.21,.2,.22]), chance=.2).df.verdict[1]=='costs'
     # The tip has learned, the baseline has not: that is a gain
     res = make(dict(baseline=[.2,.22,.21], a=[.5,.52,.511]), chance=.2)
     assert res.advice.startswith('Use a: accuracy .510 instead of .210, +30.0 points')
@@ -157,6 +161,7 @@ def test_unequal_seeds_are_compared_on_what_both_have():
     assert df.n.tolist()==[5,2] and df.difference['a']==pytest.approx(-.1) and res.differences('a')==pytest.approx([-.1,-.1])
     assert '2 to 5 seeds' in res.conditions
     # The baseline's final score on these two seeds is .71, its training takes 10 seconds: .61 never gets there
+    assert make(dict(baseline=[.70,.72,.71,.79,.80], a=[.71,.73])).df.to_baseline[1]<10
     assert math.isnan(df.to_baseline['a']) and df.share['baseline']==pytest.approx(1)
 
 def test_time_to_the_baseline():
@@ -296,6 +301,7 @@ def test_read_again(tmp_path):
 
 def test_texts_are_escaped(tmp_path):
     bad = '<script>alert(1)</script> $x'
-    res = make({'baseline':BASE, bad:[.81,.82,.82]}, {'baseline':BASE, bad:[.81,.82,.82]}, favourite=[bad], tips={bad:'<i>'}, arch='<b>x')
+    res = make({'baseline':BASE, bad:[.81,.82,.82]}, {'baseline':BASE, bad:[.81,.82,.82]}, favourite=[bad], tips={bad:'<i>'}, arch='<b>x',
+               code=dict(imports='</pre><script>', data='', baseline='', favourite='<script>'))
     text = res.to_html(tmp_path/'r.html').read_text()
     assert '<script' not in text and '<i>' not in text and '<b>x' not in text and 'mathjax_ignore' in res._repr_html_()
