@@ -523,7 +523,10 @@ def _table_apart(report, stage):
     s,name = report.json['settings'],report.favourite
     runs = [r for r in _of(report, stage) if r['name'] in ('baseline',name)]
     if len({r['name'] for r in runs})<2: return pd.DataFrame(columns=['tip','part','n','score','difference','low','high','sd','verdict'])
-    said = confirm(_scores(runs), _scores(_of(report, 'race', 'together')), name, level=s['level'], small=s['small'], lower=s['lower'])
+    earlier = _scores(_of(report, 'race', 'together'))
+    # One tip alone is no choice: no fresh seeds, and half of the time on the same ones
+    if {r['seed'] for r in runs} & set(earlier.seed): earlier = None
+    said = confirm(_scores(runs), earlier, name, level=s['level'], small=s['small'], lower=s['lower'])
     return _judged(_rows(runs, {name:dict(said)}, s, lambda _: stage), s)
 
 def _subject(report):
@@ -535,14 +538,14 @@ def _subject(report):
     if not len(tips): return None,'race'
     row = tips.iloc[0].copy()
     # The seeds that chose it do not say that it pays, unless there was no choice
-    if name and (df.part!='network').sum()>1 and row.verdict!='nothing learned': row['verdict'] = _unconfirmed
+    if name and (df.part!='together').sum()>1 and row.verdict!='nothing learned': row['verdict'] = _unconfirmed
     return row,'race'
 
 def _find(report):
     "What `TipsReport.finding` says"
     s,df = report.json['settings'],report.df
     row,stage = _subject(report)
-    res = Finding(report.unit, s['fit'], level=s['level'], tried=bool((df.part[1:]!='network').any()))
+    res = Finding(report.unit, s['fit'], level=s['level'], tried=len(df)>1)
     if row is None: return res
     # The best of those that nobody chose gains nothing: it is no tip to look into
     gains = row.difference<0 if s['lower'] else row.difference>0
@@ -562,18 +565,20 @@ def _by_seed(report, stage):
 
 def _note_length(report):
     s,unit = report.json['settings'],report.unit
-    whole,half = (_by_seed(report, k) for k in ('confirm','length'))
+    stage = 'confirm' if len(report.fresh) else 'race'
+    whole,half = (_by_seed(report, k) for k in (stage,'length'))
     seeds = [k for k in whole if k in half]
     if not seeds: return ''
     pair = [whole[k] for k in seeds],[half[k] for k in seeds]
     res = _length_text(*pair, unit, s['level'])
     if not s.get('train_minutes'): return res
-    seconds = _mean([r['seconds'] for r in report.runs('baseline', 'confirm')])
+    seconds = _mean([r['seconds'] for r in report.runs('baseline', stage)])
     return res + _longer_text(*pair, unit, s['level'], s['train_minutes'], seconds)
 
 def _note_networks(report):
     unit,df = report.unit,report.df
     df = df[(df.part=='network') & (df.verdict=='pays')]
+    df = df[~df.tip.isin(report.json['favourite'])] # The first sentence is about that
     said = [f'{r.tip} {unit.gain(r.difference)} ({unit.interval(r.low, r.high)}; {plural(r.n, "seed")})' for r in df.itertuples()]
     return f"Another network did better in the same time: {', '.join(said)}." if said else ''
 

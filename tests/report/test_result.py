@@ -81,6 +81,20 @@ def test_a_favourite_without_fresh_seeds_does_not_pay():
     alone = make({k:race[k] for k in ('baseline','a')}, favourite=['a'])
     assert alone.finding.pays and alone.code.endswith('x = source + y')
 
+def test_one_tip_alone_needs_no_fresh_seeds():
+    "There was no choice: half of the time is on the seeds of the race"
+    race = dict(baseline=BASE, a=[.81,.82,.815])
+    res = make(race, favourite=['a'])
+    half = TipsReport(res.json | dict(runs=res.json['runs'] + runs_of(dict(baseline=BASE, a=[.85,.87,.86]), 'length', seconds=5.)))
+    assert half.finding==res.finding and half.finding.pays and half.code.endswith('x = source + y') and '3 seeds)' in half.advice
+    assert half.notes==['The difference was +15.0 points at half of the training time and +10.5 points at the end: the gain shrinks with time.']
+    assert [l for l in lines(half) if l.startswith('--')]==['-- At half of the time']
+
+def test_a_network_may_be_the_favourite():
+    race,fresh = dict(baseline=BASE, a=[.70,.72,.715], net=[.81,.82,.815]),dict(baseline=BASE, net=[.81,.82,.815])
+    res = make(race, fresh, favourite=['net'], networks=['net'])
+    assert res.advice.startswith('Use net: accuracy .815 instead of .710') and res.notes==[] and res.df.part.tolist()==['race','race','network']
+
 def test_lower_is_better():
     loss = dict(baseline=[.531,.551,.541], good=[.42,.44,.431])
     res = make(loss | dict(poor=[.7,.72,.711]), loss, favourite=['good'], metric='valid_loss', lower=True)
