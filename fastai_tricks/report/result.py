@@ -254,7 +254,7 @@ def _as_table(cells, titles):
     head = ''.join(f'<th>{html.escape(c)}</th>' for c in cells)
     res = []
     for i,(_,row) in enumerate(cells.iterrows()):
-        if titles[i]: res.append(f'<tr><td colspan="{len(row)}"><b>{html.escape(titles[i])}</b></td></tr>')
+        if titles[i]: res.append(f'<tr><td colspan="{len(row)}"><strong>{html.escape(titles[i])}</strong></td></tr>')
         color = _plotted.get(row.verdict, 'inherit')
         tds = [f'<td style="text-align:left">{html.escape(row.tip)}</td>',
                f'<td style="text-align:left;white-space:nowrap;color:{color}">{html.escape(row.verdict)}</td>',
@@ -323,7 +323,7 @@ def _marked(text):
 
 def _advice_html(report):
     notes = ''.join(f'<p>{_marked(o)}</p>' for o in report.notes)
-    return f'<p style="font-size:1.15em"><b>{_marked(report.advice)}</b></p>{notes}'
+    return f'<p style="font-size:1.15em"><strong>{_marked(report.advice)}</strong></p>{notes}'
 
 def _table_html(report):
     lists = ''
@@ -344,7 +344,7 @@ def _as_text(name, width=32):
 def _as_label(text):
     "At most two lines, with the end kept: it says of how many seeds"
     name,n = text.rsplit(', n=', 1)
-    return '\n'.join(_wrapped(f'{name}', 26, 2)).replace('$', r'\$') + f'  n={n}'
+    return '\n'.join(_wrapped(name, 30, 2)).replace('$', r'\$') + f'  n={n}'
 
 def _x_limits(rows, scale):
     "All differences; intervals as far as they are not much wider than those"

@@ -167,7 +167,7 @@ def test_parts_and_their_order():
     text = [l for l in lines(res) if l.startswith('-- ')]
     assert text==['-- Combinations','-- Other networks','-- On fresh seeds']
     assert 'Another network did better in the same time: net +20.0 points' in first(res)
-    assert [m for m in re.findall('<b>(.*?)</b>', res._repr_html_())][1:]==['Combinations','Other networks','On fresh seeds']
+    assert [m for m in re.findall('<strong>(.*?)</strong>', res._repr_html_())][1:]==['Combinations','Other networks','On fresh seeds']
 
 def test_unequal_seeds_are_compared_on_what_both_have():
     res = make(dict(baseline=[.70,.72,.71,.79,.80], a=[.60,.62]))
