@@ -174,6 +174,8 @@ def test_unequal_seeds_are_compared_on_what_both_have():
     df = res.df.set_index('tip')
     assert df.n.tolist()==[5,2] and df.difference['a']==pytest.approx(-.1) and res.differences('a')==pytest.approx([-.1,-.1])
     assert '2 to 5 seeds' in res.conditions
+    splits = [make(dict(baseline=BASE[:n], a=BASE[:n]), splits='vary').conditions for n in (1,2)]
+    assert '; 1 seed, 1.5 of' in splits[0] and '; 2 seeds, another split for each, 1.5 of' in splits[1]
     # The baseline's final score on these two seeds is .71, its training takes 10 seconds: .61 never gets there
     assert make(dict(baseline=[.70,.72,.71,.79,.80], a=[.71,.73])).df.to_baseline[1]<10
     assert math.isnan(df.to_baseline['a']) and df.share['baseline']==pytest.approx(1)
