@@ -268,7 +268,8 @@ def _conditions(report):
     s,e = data['settings'],data['environment']
     how = 'fine-tuned' if s['fit']=='fine_tune' else 'from scratch'
     of = '' if s['validated']==s['valid'] else f" of {s['valid']}"
-    px,split = '×'.join(map(str, dict.fromkeys(s['size']))),', another split for each' if s.get('splits')=='vary' and report.seeds!='1 seed' else ''
+    px = '×'.join(map(str, dict.fromkeys(s['size'])))
+    split = ', another split for each' if s.get('splits')=='vary' and report.seeds!='1 seed' else ''
     return (f"{s['arch']}, {how}, {s['train']} + {s['validated']}{of} images of {s['classes']} classes at {px} px, batches of {s['bs']}; "
             f"{report.seeds}{split}, {data['minutes']:.1f} of {s['minutes']:g} minutes; "
             f"{e['device']}, {plural(e['threads'], 'thread')}, fastai {e['fastai']}, torch {e['torch']}")
