@@ -153,8 +153,9 @@ def _report(a):
     options = ReportOptions(lr=a.lr, resume=not a.restart, data={} if a.num_workers is None else dict(num_workers=a.num_workers))
     with offline_hub():
         report = tips_report(dblock, source, a.arch, a.minutes, a.tips, a.seeds, out=a.out, bs=a.bs, options=options, **weights)
-    imports,training = report.code.split('\n\n', 1)
-    print(report, '', imports, code, training, '', report.to_html(), sep='\n')
+    # What is pasted finds its images; here and in the file
+    report.json['code']['data'] = code
+    print(report, '', report.code, '', report.to_html(), sep='\n')
 
 def main(
     argv:list=None, # Default: those of the process

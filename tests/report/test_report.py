@@ -35,15 +35,15 @@ def finished(tmp_path_factory):
         clock.restart()
         m.setattr(bench, 'now', clock)
         m.setattr(bench.gc, 'collect', lambda: None)
-        with pytest.raises(KeyboardInterrupt): report(out, tips, 12)
+        with pytest.raises(KeyboardInterrupt): report(out, tips, 22)
         kept,spent = len(list((out/'runs').iterdir())),clock.t
-        res = report(out, tips, 12)
+        res = report(out, tips, 22)
     return res,kept,spent,clock.t
 
 def test_budget(finished):
     res,kept,spent,now = finished
     assert world.stopped and 3<=kept<6 and len(res.json['runs'])>=9
-    assert .9*60*12 < res.json['minutes']*60 <= now < 1.15*60*12 # With the training that was lost
+    assert .9*60*22 < res.json['minutes']*60 <= now < 1.15*60*22 # With the training that was lost
     for r in res.json['runs']: assert r['seconds']==pytest.approx(r['budget'], rel=.1), r['name']
     small,base = ([r['images'] for r in res.runs(k)] for k in ('32 px','baseline'))
     assert np.mean(small)/np.mean(base)==pytest.approx(2.5, rel=.1) # .5 and .2 seconds an image
@@ -51,7 +51,7 @@ def test_budget(finished):
 def test_what_it_found(finished):
     res = finished[0]
     verdicts = dict(res.df.set_index('tip').verdict)
-    assert verdicts['<b>good</b>']=='pays' and verdicts['32 px']=='no difference' and res.json['favourite']==['<b>good</b>']
+    assert verdicts['<b>good</b>'] in ('pays','see fresh seeds') and verdicts['32 px']=='no difference' and res.json['favourite']==['<b>good</b>']
     assert list(res.left_out)==['fails'] and 'no_such_thing' in res.left_out['fails'] and res.left_out['fails'] in repr(res)
     assert res.json['settings']['bs']==4 and '40 + 8 images of 2 classes at 64 px, batches of 4; 3 seeds' in res.conditions
 
@@ -71,11 +71,11 @@ def test_code_runs_on_the_same_data(tmp_path, pretend):
     dblock = DataBlock((ImageBlock,CategoryBlock), get_items=partial(get_image_files, folders=classes), get_y=parent_label,
                        splitter=RandomSplitter(.3, seed=1), item_tfms=Resize(64), batch_tfms=aug_transforms())
     small = Tip('small', block='dblock = block_with(dblock, size=32)\nadd = Worth', names=dict(Worth=Worth, gain=.02), learn='learn.add_cb(add(.02))')
-    res = tips_report(dblock, folder, net, 9, [small,'progressive','batch'], seeds=1, metric=Score(), out=tmp_path, bs=4, options=dict(data=dict(num_workers=0)), pretrained=False)
+    res = tips_report(dblock, folder, net, 60, [small,'progressive','batch'], metric=Score(), out=tmp_path, bs=4, options=dict(data=dict(num_workers=0)), pretrained=False)
     assert 'small' in res.json['favourite']
     names = dict(dblock=dblock, source=folder, net=net, metric=Score(), Worth=Worth)
-    silent = re.sub(r'learn\.fit_one_cycle\(\d+', 'ctx = [learn.no_bar(), learn.no_logging()]\nfor c in ctx: c.__enter__()\nlearn.fit_one_cycle(1', res.code)
-    exec('from fastai.basics import defaults\n' + silent, names)
+    code = '\n'.join(l for l in res.code.splitlines() if not l.startswith('#'))
+    exec(re.sub(r'learn\.fit_one_cycle\(\d+', 'learn.remove_cb(ProgressCallback)\nlearn.logger = noop\nlearn.fit_one_cycle(1', code), names)
     assert See.batches and {s for training,_,*s in See.batches if training for s in s}<={32,64}
     assert {b[2] for b in See.batches if not b[0]}=={32} # Validation too
 
@@ -88,7 +88,7 @@ def test_nothing_of_a_data_block_is_changed(tmp_path):
     db = block(batch_tfms=[*aug_transforms()])
     def parts(): return [*db.item_tfms],[*db.batch_tfms],db.splitter,db.get_items,[*db.type_tfms]
     was = parts(),states()
-    report(tmp_path, ['sizes','albumentations'], seeds=1, minutes=4, steps=0, db=db)
+    report(tmp_path, ['sizes','albumentations'], seeds=1, minutes=8, steps=0, db=db)
     assert (parts(),states())==was
 
 def test_nothing_of_loaders_is_changed(tmp_path):
@@ -97,7 +97,7 @@ def test_nothing_of_loaders_is_changed(tmp_path):
     was = parts(),states()
     # fastai adds a `Normalize` to the loaders of a pretrained network
     norm = Tip('norm', learn='dls.add_tfms([Normalize.from_stats([.5]*3, [.5]*3)], "after_batch")')
-    res = tips_report(dls, arch=net, minutes=4, seeds=1, tips=['draft','progressive',norm], metric=Score(), out=tmp_path, options=dict(steps=0), pretrained=False)
+    res = tips_report(dls, arch=net, minutes=8, seeds=1, tips=['draft','progressive',norm], metric=Score(), out=tmp_path, options=dict(steps=0), pretrained=False)
     assert (parts(),states())==was and res.names==['baseline','progressive','norm'] and 'DataBlock' in res.left_out['draft']
 
 # Arguments --------------------------------------------------------------------------
