@@ -59,7 +59,7 @@ class TrainClock(Callback):
         # Features are computed as in validation, too, of training images
         if self._validates(): self.validation += self._now()-self.since
     def after_epoch(self):
-        if self.done in self.due: self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
+        if self.every or self.done in self.due: self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
 
 # %% ../../nbs/report/bench.ipynb #7e175b49
 def part_of(

@@ -30,7 +30,7 @@ def epochs_that_fit(
     "The fewest epochs that come close to `images`"
     full = max(least_batches, n//bs)
     lo = max(least, math.ceil(.98*images/bs/full))
-    plans = [(e,min(full, max(least_batches, round(images/bs/e)))) for e in range(lo, lo+least)]
+    plans = [(e,min(full, max(least_batches, round(images/bs/e)))) for e in range(lo, lo+least_epochs)]
     def off(p): return abs(p[0]*p[1]*bs/images - 1)
     e,batches = next((p for p in plans if off(p)<.05), min(plans, key=off))
     return e,batches*bs
@@ -67,6 +67,11 @@ class Pace:
     valid:float # Seconds of validation per image
     head:float=0. # Seconds per image that goes once through the body before, for a head that is trained first
 
+    @property
+    def least(self):
+        "Epochs of a training, at least: a head that is trained first takes whole epochs rather than many"
+        return 1 if self.head else least_epochs
+
     def seconds(self,
         epochs:int,
         images:int, # Of an epoch
@@ -92,14 +97,14 @@ def training_within(
     bs:int, # Batch size
 )->tuple: # Epochs, and images of each in whole batches
     "The longest training of these seconds"
-    hi = seconds/pace.image if pace.image else least_epochs*n
-    lo = 1.
-    if pace.seconds(*epochs_that_fit(hi, n, bs), n)<=1.05*seconds: return epochs_that_fit(hi, n, bs)
+    def fits(images): return epochs_that_fit(images, n, bs, pace.least)
+    lo,hi = 1.,seconds/pace.image if pace.image else pace.least*n
+    if pace.seconds(*fits(hi), n)<=1.05*seconds: return fits(hi)
     for _ in range(30):
         mid = (lo+hi)/2
-        if pace.seconds(*epochs_that_fit(mid, n, bs), n)<=seconds: lo = mid
+        if pace.seconds(*fits(mid), n)<=seconds: lo = mid
         else: hi = mid
-    return epochs_that_fit(lo, n, bs)
+    return fits(lo)
 
 # %% ../../nbs/report/plan.ipynb #e167df15
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def least_seconds(
     n:int=0, # Training images
 )->float:
     "Seconds that one training takes at least"
-    return pace.seconds(least_epochs, least_batches*bs, n) + pace.setup + validations*valid*pace.valid
+    return pace.seconds(pace.least, least_batches*bs, n) + pace.setup + validations*valid*pace.valid
 
 def seconds_needed(
     budget:Budget,

@@ -50,7 +50,7 @@ def test_a_fit_that_chooses_never_sees_what_it_is_scored_on():
     w = watched([t], parts=((1,3,4,6,7),(0,2)))
     assert seen==[2]*6 # It may look after each epoch
     scored = [n for training,n,*_ in See.batches if not training and n>1]
-    assert scored==[2]*6+[5] and w.record['curve'][-1]==[w.record['seconds'],w.record['score']] and len(w.record['curve'])==4
+    assert scored==[2]*6+[5] and w.record['curve'][-1]==[w.record['seconds'],w.record['score']] and len(w.record['curve'])==7
     See.batches = []
     assert watched([], parts=((1,3,4,6,7),(0,2))).record['images']==6*16
     assert [n for training,n,*_ in See.batches if not training and n>1]==[5]*4 # All others on the same images
