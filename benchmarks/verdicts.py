@@ -1,6 +1,8 @@
-"""Simulated reports: what they find and what they falsely find; each tip by Student's t (as before), all tips together, and a race, at equal trainings.
+"""Simulated reports: what they find, and what they find falsely
 
-Scores are normal; the unit is the standard deviation of a paired difference. 30 trainings are nine tips and a baseline with three seeds each.
+Each tip by Student's t (as before), all tips together, and a race, at equal trainings. Scores are normal; the unit is the standard deviation
+of a paired difference. 30 trainings are those of nine tips and a baseline with three seeds each.
+
     python benchmarks/verdicts.py
 """
 import argparse
@@ -67,7 +69,8 @@ def confirmed(truth, found, fav, noise=None, fresh=3, seed=1, level=.95):
     "Does the favourite pay on fresh seeds? As `confirm`"
     rng, i = np.random.default_rng(seed), np.arange(len(fav))
     noise = np.ones(len(truth)+1) if noise is None else np.asarray(noise, float)
-    diffs = (rng.standard_normal((len(fav),fresh))*noise[1:][fav,None] - rng.standard_normal((len(fav),fresh))*noise[0])/2**.5 + np.asarray(truth, float)[fav,None]
+    diffs = (rng.standard_normal((len(fav),fresh))*noise[1:][fav,None] - rng.standard_normal((len(fav),fresh))*noise[0])/2**.5
+    diffs += np.asarray(truth, float)[fav,None]
     own, known, df = diffs.var(1, ddof=1), found.sd[i,fav]**2, found.df[i,fav]
     noisier = stats.f.sf(own/known, fresh-1, df)<.01
     variance = np.where(noisier, own, ((fresh-1)*own+df*known)/(fresh-1+df))
@@ -86,8 +89,9 @@ def measure(truth, seeds, method, noise=None, reports=1000, seed=0):
     low, high, difference = (found.low, found.high, found.difference) if method!='before' else students_t(y)
     pays, costs = low>0, high<0
     fav = favourites(y, difference)
-    res = dict(method=method, trainings=seeds*(len(truth)+1), reports=reports, false=rate((pays&(truth<=0) | costs&(truth>=0)).any(1)), false_pays=rate((pays&(truth<=0)).any(1)),
-               found={f'{t:.3g}': rate((pays if t>0 else costs)[:,truth==t].mean(1)) for t in np.unique(truth) if t}, best=rate(truth[fav]==truth.max()),
+    found_of = {f'{t:.3g}': rate((pays if t>0 else costs)[:,truth==t].mean(1)) for t in np.unique(truth) if t}
+    res = dict(method=method, trainings=seeds*(len(truth)+1), reports=reports, false=rate((pays&(truth<=0) | costs&(truth>=0)).any(1)),
+               false_pays=rate((pays&(truth<=0)).any(1)), found=found_of, best=rate(truth[fav]==truth.max()),
                seeds=round(float(np.isfinite(y[:,0]).sum(1).mean()), 1))
     # Before, the seeds that chose the favourite also judged it
     said = pays[np.arange(reports),fav] if method=='before' else confirmed(truth, found, fav, noise)

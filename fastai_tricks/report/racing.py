@@ -7,10 +7,10 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report/racing.html.md"""
 # %% auto #0
 __all__ = ['still_racing']
 
-# %% ../../nbs/report/racing.ipynb #22f2c9d5
+# %% ../../nbs/report/racing.ipynb #54be9a64
 from fastai.vision.all import *
 
-# %% ../../nbs/report/racing.ipynb #8d6ba3c3
+# %% ../../nbs/report/racing.ipynb #09310526
 def still_racing(
     runs:pd.DataFrame, # Columns `tip`, `seed`, `score`, as in `verdicts`; a score that is not finite means diverged
     baseline:str='baseline', # What the tips are compared with; it never drops out
@@ -20,14 +20,18 @@ def still_racing(
     lower:bool=False, # Is a lower score better?
 )->list: # Tips that run in the next round, the best first
     "Which tips go on, after the rounds that are complete"
-    table = runs.pivot(index='tip', columns='seed', values='score')[runs.seed.unique()]
-    ran = runs.assign(score=1).pivot(index='tip', columns='seed', values='score')[runs.seed.unique()].notna()
+    rounds = runs.seed.unique()
+    table = runs.pivot(index='tip', columns='seed', values='score')[rounds]
+    ran = runs.assign(score=1).pivot(index='tip', columns='seed', values='score')[rounds].notna()
     alive = [k for k in runs.tip.unique() if k!=baseline]
-    for i in range(first, ran.shape[1]+1):
-        # The race so far is run again: a round that is not complete, of an interrupted report, decides nothing
+    for i in range(first, len(rounds)+1):
+        # The race so far is run again. What is missing in a round before the last was given up
+        past = ran.iloc[:,:min(i, len(rounds)-1)].all(axis=1)
+        alive = [k for k in alive if past[k]]
+        # The last round decides nothing before it is complete
         if not ran.loc[[baseline, *alive]].iloc[:,:i].all(axis=None): break
         scores = table.loc[alive].iloc[:,:i].astype(float)
         good = scores[np.isfinite(scores).all(axis=1)]
         ranked = good.mean(axis=1).sort_values(ascending=lower, kind='stable')
-        alive = list(ranked.index[:max(least, math.ceil(share*len(alive)))])
+        alive = list(ranked.index[:max(least, math.ceil(share*len(scores)))])
     return alive

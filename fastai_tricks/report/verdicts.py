@@ -107,7 +107,7 @@ def compare(
         res[name] = Comparison(tuple(diffs), *interval(diffs, rules.level), said)
     return res
 
-# %% ../../nbs/report/verdicts.ipynb #ff4e7660
+# %% ../../nbs/report/verdicts.ipynb #68f4fe81
 def blocks(
     scores:np.ndarray, # `(reports, arms, seeds)`, the baseline first; NaN where there is none
 )->tuple: # Effects `(reports, arms)`, their covariance in units of the variance, residual sum of squares, degrees of freedom
@@ -146,7 +146,7 @@ def critical(
     corr = np.round(corr[np.ix_(order, order)], 6)
     return _critical(tuple(corr.ravel().tolist()), float(df), float(level))
 
-# %% ../../nbs/report/verdicts.ipynb #4a96fe79
+# %% ../../nbs/report/verdicts.ipynb #069d08f4
 NOISY = .001 # p of the F test below which an arm is plainly noisier
 CAP = 3 # Such an arm still counts as this many times the variance of the others
 SPENT = .97 # Of 1-level the part that is left to the intervals, as the F test errs too; all three by simulation
@@ -183,7 +183,7 @@ def pool(
     # What is thrown out because it is large would leave a variance that is too small, where chance alone made it large
     return pooled,variance*(df+CAP*capped)/np.maximum(df+capped, 1),df
 
-# %% ../../nbs/report/verdicts.ipynb #77577e34
+# %% ../../nbs/report/verdicts.ipynb #b566a368
 @dataclass(frozen=True)
 class Intervals:
     "Differences of many reports to their baselines; arrays `(reports, tips)`"
@@ -239,7 +239,7 @@ def intervals(
     res = [np.round(a, 12) for a in (difference, difference-half, difference+half)] # Rounding errors are no gains
     return Intervals(n, *res, sd, np.where(shared, df[:,None], n-1), ~shared)
 
-# %% ../../nbs/report/verdicts.ipynb #ffe854b5
+# %% ../../nbs/report/verdicts.ipynb #03c2a30c
 def _arrays(runs, baseline):
     "Scores `(arms, seeds)` with the baseline first, the tips' names, and which of them diverged where the baseline did not"
     runs = runs.assign(score=runs.score.astype(float))
@@ -276,7 +276,7 @@ def verdicts(
         rows.append([int(shared[i]), found.difference[0,i], low, high, found.sd[0,i], said])
     return pd.DataFrame(rows, columns=['n','difference','low','high','sd','verdict'], index=pd.Index(names, name='tip'))
 
-# %% ../../nbs/report/verdicts.ipynb #027c8ac9
+# %% ../../nbs/report/verdicts.ipynb #53db883a
 def _known(runs, name, baseline):
     "Variance of a paired difference in earlier runs, and its degrees of freedom"
     if runs is None or not {baseline,name}<=set(runs.tip): return math.nan,0
@@ -318,7 +318,7 @@ def confirm(
     row = dict(n=int(shared[0]), difference=round(mean, 12), low=low, high=high, sd=math.sqrt(variance), verdict=said)
     return pd.Series(row, name=name)
 
-# %% ../../nbs/report/verdicts.ipynb #5bbd5bff
+# %% ../../nbs/report/verdicts.ipynb #b7ff2776
 def least_difference(
     tips:int, # Compared with one baseline
     seeds:int, # Of each

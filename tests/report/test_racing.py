@@ -38,6 +38,12 @@ def test_what_diverges_is_out(bad):
     assert still_racing(few)==['a'] and still_racing(few, baseline='a')==['baseline']
     assert set(still_racing(table(baseline=[.5,bad], a=[.4,.4], b=[.9,.9])))=={'a','b'}
 
+def test_what_failed_is_out_once_others_have_gone_on():
+    runs = table(**NINE | dict(t8=[.9]))
+    assert len(still_racing(runs))==9
+    later = pd.concat([runs, pd.DataFrame([dict(tip=k, seed=2, score=.5) for k in NINE if k!='t8'])])
+    assert still_racing(later)==['t7','t6','t5']
+
 # What the benchmark of verdicts simulates is this race, and what it says of the rates holds
 
 spec = importlib.util.spec_from_file_location('verdicts_benchmark', Path(__file__).parents[2]/'benchmarks'/'verdicts.py')
