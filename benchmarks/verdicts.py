@@ -1,7 +1,7 @@
 """Simulated reports: what they find, and what they find falsely
 
-Each tip by Student's t (as before), all tips together, and a race, at equal trainings. Scores are normal; the unit is the standard deviation
-of a paired difference. 30 trainings are those of nine tips and a baseline with three seeds each.
+Each tip by Student's t (as before), all tips together, and a race, at equal trainings. Scores are normal; the unit is the standard
+deviation of a paired difference. 30 trainings are those of nine tips and a baseline with three seeds each.
 
     python benchmarks/verdicts.py
 """

@@ -1,7 +1,7 @@
 "What differences allow to say"
 import numpy as np, pandas as pd, pytest
 from scipy import stats
-from fastai_tricks.report.verdicts import (SPENT, Rules, blocks, compare, confirm, critical, differences, expected_sd, interval, least_difference, scores_of, verdict,
+from fastai_tricks.report.verdicts import (SPENT, STOPPED, Rules, blocks, compare, confirm, critical, differences, expected_sd, interval, least_difference, scores_of, verdict,
     verdicts)
 
 @pytest.mark.parametrize('diffs,kw,want', [
@@ -115,6 +115,17 @@ def test_seeds_that_only_some_have():
     assert got.high.a-got.low.a < got.high.b-got.low.b
     # A seed that the baseline never had changes nothing
     pd.testing.assert_frame_equal(verdicts(pd.concat([table(**y), pd.DataFrame([dict(tip='b', seed=9, score=.9)])])), got)
+
+def test_what_was_stopped_earlier_errs_less():
+    "Its critical value is that of a sixth of the error; the others keep theirs"
+    y = dict(baseline=[.50,.53,.51,.52,.50], a=[.56,.58,.57,.58,.57], b=[.51,.53,.50,None,None])
+    got = verdicts(table(**y))
+    _,unit,rss,df = blocks(np.array([list(y.values())], float))
+    cov = (unit[0][1:,1:]+unit[0][0,0]-unit[0][1:,:1]-unit[0][:1,1:])*rss/df
+    se = np.sqrt(np.diag(cov))
+    for i,(tip,errs) in enumerate(dict(a=1, b=1/STOPPED).items()):
+        want = critical(cov/np.outer(se, se), df[0], 1-.05*SPENT*errs)*se[i]
+        assert got.high[tip]-got.difference[tip]==pytest.approx(want, rel=1e-4)
 
 def test_a_noisy_tip_rests_on_itself():
     rng = np.random.default_rng(0)
