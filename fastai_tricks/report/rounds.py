@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from ..core.progress import Progress, ShowEpoch
 from .bench import failure
 from .plan import cost_factor, machine_scale, ReportPlan, rotated, training_within
+from .racing import still_racing
 from .records import Records
 from .verdicts import differences, scores_of
 
@@ -45,7 +46,7 @@ class Rounds:
         records:Records, # What is there of an interrupted report is taken up
         train:Callable, # `train(tips, seed, epochs, images, parts=, cbs=)` gives a record, as `Bench.train`
         lower:bool=False, # Is a lower score better?
-        still:Callable=lambda runs,lower: runs.tip.unique(), # Which tips go on
+        still:Callable=still_racing, # Which tips go on
     ):
         self.plan,self.records = plan,records
         self.train,self.lower = train,lower
@@ -132,8 +133,8 @@ class Rounds:
         self.progress = Progress([1]*total)
         first = self.plan.budget.first
         for seed in itertools.count(first):
-            names = ['baseline',*racing]
-            if (self.plan.tips and not racing) or self.planned+len(names)>total: break
+            names = ['baseline',*racing][:total-self.planned] # The best tips, where there is no time for all
+            if len(names)<1+bool(self.plan.tips): break
             self._round(names, seed, 'race', f'seed {seed+1}')
             if seed>first and len(self.plan.tips)>1:
                 seen = self._table()
