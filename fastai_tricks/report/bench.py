@@ -35,7 +35,7 @@ class TrainClock(Callback):
         self.due,self.every = {math.ceil(epochs*(k+1)/points) for k in range(points-1)},every
         self.validation,self.head = 0.,None
         self.images,self.done = 0,0
-        self.curve = []
+        self.trains,self.curve = False,[]
     def _now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return now()
@@ -46,6 +46,8 @@ class TrainClock(Callback):
         "Since the start, but for validation"
         return self._now()-self.began-self.validation
 
+    def before_fit(self): self.trains = False
+    def before_train(self): self.trains = True
     def before_batch(self):
         if self.head is None: self.head = self.seconds
     def after_batch(self): self.images += len(self.xb[0])
@@ -59,7 +61,8 @@ class TrainClock(Callback):
         # Features are computed as in validation, too, of training images
         if self._validates(): self.validation += self._now()-self.since
     def after_epoch(self):
-        if self.every or self.done in self.due: self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
+        # A pass for features is an epoch without training, and without scores
+        if self.trains and (self.every or self.done in self.due): self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
 
 # %% ../../nbs/report/bench.ipynb #7e175b49
 def part_of(

@@ -19,6 +19,7 @@ from ..core.fingerprint import fingerprint
 from ..core.identity import data_identity, versions
 from ..core.learner import keep_random
 from ..core.runs import run_lock
+from ..models.pretrained import fetch_pretrained, offline_hub
 from .bench import Bench, look, look_again
 from .data import default_bs, read_data
 from .plan import Budget
@@ -39,6 +40,18 @@ def _arch(arch):
     such = ', such as ' + ' or '.join(map(repr, similar)) if similar else ''
     check_arg(arch in known, 'arch', arch, f'a name of timm or torchvision{such}')
     return known[arch]
+
+def _has_file(arch, kwargs):
+    "Do the weights come from elsewhere, or from nowhere?"
+    known = isinstance(arch, str) or getattr(arch, '__module__', '').startswith('torchvision')
+    return not known or not kwargs.get('pretrained', True) or bool({'pretrained_cfg_overlay','weights'} & set(kwargs))
+
+def _fetch(arch, kwargs, tips):
+    "Bring pretrained weights into the cache before anything is trained"
+    networks = [(arch,kwargs), *((t.arch,t.learner or {}) for t in tips if isinstance(t, Tip) and t.arch is not None)]
+    for a,kw in networks:
+        try: _has_file(a, kw) or fetch_pretrained(a)
+        except ValueError as e: raise ValueError(f'{e}: give pretrained_cfg_overlay=dict(file=...) or pretrained=False') from e
 
 def _cpu():
     "The name of the processor"
@@ -236,7 +249,8 @@ def tips_report(
     out = Path(out).absolute()
     check_free(out)
     check_writable(out)
-    with keep_random():
+    _fetch(arch, kwargs, entries)
+    with keep_random(), offline_hub():
         data = read_data(dblock_or_dls, source, bs, options.data)
         recipe = Recipe(arch, metric, fit, data.bs, options.lr, data.loaders, kwargs, options.data)
         points = mk_metric(metric).name=='accuracy'

@@ -1,10 +1,12 @@
 "A training of a report: what the model got, what the clock counted"
+from dataclasses import replace
 import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.vision.learner import vision_learner
 from fastai_tricks.report.bench import Bench, TrainClock, part_of
 from fastai_tricks.report.data import ReportData
 from fastai_tricks.report.tips import TIPS, Recipe, Tip
@@ -54,6 +56,16 @@ def test_a_fit_that_chooses_never_sees_what_it_is_scored_on():
     See.batches = []
     assert watched([], parts=((1,3,4,6,7),(0,2))).record['images']==6*16
     assert [n for training,n,*_ in See.batches if not training and n>1]==[5]*4 # All others on the same images
+
+def test_fit_fast_and_fit_head_are_trained_as_they_are():
+    names = dict(two=two)
+    lines = {k:TIPS[k](here(learner=lambda: vision_learner(loaders(), two, pretrained=False), tuning=True)) for k in ('fit_fast','fit_head')}
+    assert lines['fit_head'].train=='learn.fit_head()' and lines['fit_fast'].chooses
+    fast = replace(lines['fit_fast'], names=names, train='learn.fit_fast({epochs}, pretrained=True)')
+    w = watched([fast], epochs=2, images=32, arch=two, parts=((1,3,4,6,7),(0,2)))
+    assert w.record['images']==2*32 and 0<len(w.record['curve'])==4 and 'head' in w.record # The head, two epochs, the score
+    w = watched([replace(lines['fit_head'], names=names)], epochs=1, images=32, arch=two, parts=((1,3,4,6,7),(0,2)))
+    assert w.record['images']==0 and len(w.record['curve'])==1 and w.shapes==[]
 
 def test_a_head_first_is_timed_apart():
     t = Tip('head', train='learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False)); learn.fit_one_cycle({epochs})')
