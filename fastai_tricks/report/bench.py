@@ -65,6 +65,8 @@ class TrainClock(Callback):
         if self.trains and (self.every or self.done in self.due): self.curve.append([self.seconds,float(self.recorder.values[-1][-1])])
 
 # %% ../../nbs/report/bench.ipynb #7e175b49
+def _only(dl, idxs): return dl.new(n=len(idxs), get_idxs=partial(list, idxs))
+
 def part_of(
     dls:DataLoaders, # Stay as they are
     n:int=None, # An epoch trains on n images, drawn again each time; all of them where there are no more
@@ -74,7 +76,7 @@ def part_of(
     train,val = dls.train,dls.valid
     full = train.n//train.bs*train.bs if train.drop_last else train.n
     train = train.new(cls=PartialDL, partial_n=n) if n and n<full else train.new()
-    val = val.new(n=len(valid), get_idxs=partial(list, valid)) if valid is not None and len(valid)<val.n else val.new()
+    val = _only(val, valid) if valid is not None and len(valid)<val.n else val.new()
     return type(dls)(train, val, path=dls.path, device=dls.device)
 
 # %% ../../nbs/report/bench.ipynb #8bd3be16
@@ -112,12 +114,12 @@ class Bench:
         space,(valid,choice) = self._space(recipe.tips, seed),parts
         if self.data.loaders: space['dls'] = self.data.dls
         exec(recipe.dls_code(), space)
-        whole = space['dls']
-        scored = part_of(whole, images, valid)
+        chooses = choice and any(t.chooses for t in recipe.tips)
         # A fit that chooses by the validation set has a part of it to choose by, and is scored on the other
-        space['dls'] = part_of(whole, images, choice) if choice and any(t.chooses for t in recipe.tips) else scored
+        dls = space['dls'] = part_of(space['dls'], images, choice if chooses else valid)
         with redirect_stdout(io.StringIO()): exec(recipe.learn_code(), space)
-        return space,scored.valid
+        # Made after the Learner: that of a pretrained network has put its normalization into the loaders
+        return space,_only(dls.valid, valid) if chooses else dls.valid
 
     def _score(self, learn, dl, clock):
         "The metric on the images to score on, timed as validation"

@@ -67,6 +67,21 @@ def test_fit_fast_and_fit_head_are_trained_as_they_are():
     w = watched([replace(lines['fit_head'], names=names)], epochs=1, images=32, arch=two, parts=((1,3,4,6,7),(0,2)))
     assert w.record['images']==0 and len(w.record['curve'])==1 and w.shapes==[]
 
+class Least(Callback):
+    "The smallest number that a validation batch has"
+    def __init__(self, seen): self.seen = seen
+    def before_batch(self):
+        if not self.training: self.seen.append((len(self.xb[0]),float(self.xb[0].min())))
+
+@pytest.mark.parametrize('chooses', [False,True])
+def test_scored_on_images_normalized_as_in_training(chooses):
+    "Making the Learner of a pretrained network puts `Normalize` into its loaders"
+    seen = []
+    t = Tip('own', learn="learn.dls.add_tfms([Normalize.from_stats([-9]*3, [1]*3)], 'after_batch')\nlearn.add_cb(Least(seen))",
+            chooses=chooses, names=dict(Least=Least, seen=seen))
+    watched([t], parts=((1,3,4,6,7),(0,2)))
+    assert seen[-1][0]==5 and all(least>=9 for _,least in seen)
+
 def test_a_head_first_is_timed_apart():
     t = Tip('head', train='learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False)); learn.fit_one_cycle({epochs})')
     r = watched([t]).record
