@@ -82,16 +82,6 @@ def test_scored_on_images_normalized_as_in_training(chooses):
     watched([t], parts=((1,3,4,6,7),(0,2)))
     assert seen[-1][0]==5 and all(least>=9 for _,least in seen)
 
-def test_what_the_learner_adds_to_its_loaders_is_there_when_it_is_scored():
-    "Of a pretrained network: `Normalize`"
-    seen = []
-    class Mean(Callback):
-        def before_validate(self): seen.append(max(b[0].abs().max().item() for b in self.dl)>50)
-    norm = 'dls.add_tfms([Normalize.from_stats([.5]*3, [.001]*3)], "after_batch")\nlearn.add_cb(Mean())'
-    t = Tip('own', learn=norm, train='learn.fit_one_cycle({epochs})', chooses=True, names=dict(Mean=Mean))
-    watched([t], parts=((1,3,4,6,7),(0,2)))
-    assert seen==[True]*7
-
 def test_a_head_first_is_timed_apart():
     t = Tip('head', train='learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False)); learn.fit_one_cycle({epochs})')
     r = watched([t]).record
