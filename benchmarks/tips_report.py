@@ -50,7 +50,8 @@ def kept(report):
     "What the pages show, and each training: no curves, no paths"
     runs = [{k: r[k] for k in ('name', 'seed', 'stage', 'score', 'seconds', 'images', 'epochs', 'wall')} for r in report.json['runs']]
     res = {k: v for k, v in report.json.items() if k not in ('out', 'code', 'paces', 'runs')}
-    return res | dict(advice=report.advice, table=json.loads(report.df.to_json(orient='records')), runs=runs)
+    tables = {k: json.loads(v.to_json(orient='records', double_precision=5)) for k, v in report.tables.items()}
+    return res | dict(advice=report.advice, tables=tables, runs=runs)
 
 
 def main():
