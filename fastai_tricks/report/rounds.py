@@ -11,6 +11,7 @@ __all__ = ['fresh_seed', 'combined', 'Rounds']
 from dataclasses import replace
 from fastai.vision.all import *
 from ..core.progress import Progress, ShowEpoch
+import fastai_tricks.report.bench as bench
 from .bench import failure
 from .plan import cost_factor, machine_scale, ReportPlan, rotated, training_within
 from .racing import still_racing
@@ -50,17 +51,35 @@ class Rounds:
     ):
         self.plan,self.records = plan,records
         self.train,self.lower = train,lower
-        self.still,self.failed = still,{}
+        self.still = still
+        self.lost = list((records.plan or {}).get('lost', [])) # Trainings that failed: not tried again
         self.guesses,self.planned = {},0 # Paces of combinations; trainings that are done or given up
 
     @property
     def spent(self):
         "Seconds that the report has taken; of an interrupted one, what was kept"
-        return self.plan.seconds + sum(r['wall'] for r in self.records.runs)
+        return self.plan.seconds + sum(r['wall'] for r in [*self.records.runs, *self.lost])
     @property
     def left(self):
         "Seconds of the minutes asked for"
         return self.plan.budget.seconds-self.spent
+    @property
+    def failed(self):
+        "For each variant that was given up the reason"
+        return {o['name']:o['why'] for o in self.lost}
+
+    def gave_up(self,
+        name:str, # A tip or a combination
+        stage:str,
+        seed:int=math.inf, # Until then, this one included
+    )->bool:
+        "Has a training of it failed?"
+        return any((o['name'],o['stage'])==(name,stage) and o['seed']<=seed for o in self.lost)
+
+    def _lose(self, name, seed, stage, why, seconds):
+        "Give up a variant, also for when the report goes on: it must take the same decisions again"
+        self.lost.append(dict(name=name, seed=seed, stage=stage, why=why, wall=seconds))
+        self.records.save_plan((self.records.plan or {}) | dict(lost=self.lost))
 
     def runs(self,
         *stages, # 'race', 'together', 'confirm', 'length'
@@ -102,12 +121,17 @@ class Rounds:
 
     def _run(self, name, tips, seed, stage, seconds, what):
         "Train a variant, unless its record is there"
-        if self.records.find(name, seed, stage): return self.progress.next(ran=False)
+        if self.gave_up(name, stage, seed) or self.records.find(name, seed, stage): return self.progress.next(ran=False)
         plan,scale = self.plan,self._scale(seed, stage)
         batch,times = plan.budget.bs*math.prod(t.bs for t in tips),scale*self._factor(name)
         epochs,images = training_within(seconds/times, self._pace(name), plan.budget.n, batch)
         self.progress.show(what)
-        record = self.train(tips, seed, epochs, images, parts=(plan.valid,plan.choice), cbs=ShowEpoch(self.progress, what))
+        began = bench.now()
+        try: record = self.train(tips, seed, epochs, images, parts=(plan.valid,plan.choice), cbs=ShowEpoch(self.progress, what))
+        except Exception as e: # One tip must not cost the whole report
+            if name=='baseline': raise
+            self._lose(name, seed, stage, failure(e), bench.now()-began)
+            return self.progress.next()
         self.records.add(dict(name=name, seed=seed, stage=stage, budget=seconds, scale=scale, **record))
         self.progress.next()
 
@@ -136,9 +160,13 @@ class Rounds:
             names = ['baseline',*racing][:total-self.planned] # The best tips, where there is no time for all
             if len(names)<1+bool(self.plan.tips): break
             self._round(names, seed, 'race', f'seed {seed+1}')
+            racing = [k for k in racing if not self.gave_up(k, 'race', seed)]
             if seed>first and len(self.plan.tips)>1:
                 seen = self._table()
-                racing = [k for k in self.still(seen[seen.seed<=seed], lower=self.lower) if k in racing]
+                # Without what failed: its last round would stay incomplete
+                lost = [k for k in seen.tip.unique() if self.gave_up(k, 'race', seed)]
+                seen = seen[(seen.seed<=seed) & ~seen.tip.isin(lost)]
+                racing = [k for k in self.still(seen, lower=self.lower) if k in racing]
         for _ in range(total-self.planned): self.progress.next(ran=False)
         self.planned = total
         return list(range(first, seed))
@@ -146,6 +174,7 @@ class Rounds:
     def _measure(self, names, seeds):
         "The gain of a combination; None where there is no time for it"
         name = ' + '.join(names)
+        if self.gave_up(name, 'together'): return -math.inf
         begun = any(self.records.find(name, s, 'together') for s in seeds)
         cost = len(seeds)*np.mean([r['wall'] for r in self.runs('race', seeds=seeds[-1:])])
         reserved = 2*self.plan.budget.seeds*cost/len(seeds) # For the fresh seeds
@@ -156,17 +185,13 @@ class Rounds:
         image = base.image*math.prod(p.image/base.image*self._factor(k) for p,k in zip(paces, names))
         self.guesses[name] = replace(base, image=image, head=sum(p.head for p in paces))
         self.progress = Progress([1]*len(seeds))
-        try:
-            for s in seeds: self._round([name], s, 'together', f'seed {s+1}', seconds=self.runs('race', seeds=[s])[0]['budget'])
-        except Exception as e: # Two tips that do not go together must not cost the whole report
-            self.failed[name] = failure(e)
-            return -math.inf
-        return self.gain(name, seeds)
+        for s in seeds: self._round([name], s, 'together', f'seed {s+1}', seconds=self.runs('race', seeds=[s])[0]['budget'])
+        return -math.inf if self.gave_up(name, 'together') else self.gain(name, seeds)
 
     def _best(self, last):
         "Names of the tips that are best together"
         seeds = last[:self.plan.budget.seeds]
-        tips = {t.name:t for t in self.plan.tips}
+        tips = {t.name:t for t in self.plan.tips if not self.gave_up(t.name, 'race')}
         counts = {k:len(differences(scores_of(self.runs('race')), k)) for k in tips}
         finished = [k for k in tips if counts[k]>=len(seeds)] or list(tips)
         def clash(a, b): return tips[a].clashes(tips[b])
@@ -184,6 +209,7 @@ class Rounds:
             if i>=budget.seeds and not begun and self.left<cost*(1 + .5*budget.seeds*budget.lengths): break
             if i in (0,*range(budget.seeds, i+1)): self.progress = Progress([1]*2*(1 if i else budget.seeds))
             self._round(['baseline',name], first+i, 'confirm', f'fresh seed {i+1}', seconds)
+            if self.gave_up(name, 'confirm', first+i): break
 
     def _lengths(self, name):
         "Both again on the fresh seeds, half as long: does the gain grow or shrink with the training?"
@@ -197,7 +223,8 @@ class Rounds:
         seeds = self._race()
         if not self.plan.tips: return []
         alone = len(self.plan.tips)==1
-        best = [t.name for t in self.plan.tips if self.gain(t.name)>0] if alone else self._best(seeds)
+        own = [t.name for t in self.plan.tips if not self.gave_up(t.name, 'race') and self.gain(t.name)>0]
+        best = own if alone else self._best(seeds)
         if best and not alone: self._confirm(' + '.join(best), seeds[-1])
         if best and self.plan.budget.lengths: self._lengths(' + '.join(best))
         return best

@@ -99,6 +99,51 @@ def test_combination_that_fails_costs_nothing_else(tmp_path, pretend, monkeypatc
     res = report(tmp_path, [worth('a', .02), worth('b', .01)])
     assert res.json['favourite']==['a'] and 'AssertionError' in res.left_out['a + b']
 
+def breaks(monkeypatch, pretend, *lost):
+    "Trainings of a name with a seed that raise, after a while"
+    def train(self, tips, seed, *args, **kwargs):
+        if kwargs.get('parts') is not None and (' + '.join(t.name for t in tips),seed) in lost:
+            clock.spend(30)
+            raise RuntimeError('breaks')
+        return pretend(tips, seed, *args, **kwargs)
+    monkeypatch.setattr(bench.Bench, 'train', train)
+
+@pytest.mark.parametrize('seed', [0,1,2])
+def test_a_tip_that_fails_in_the_race_is_given_up(tmp_path, pretend, monkeypatch, seed):
+    breaks(monkeypatch, pretend, ('b',seed))
+    minutes = 24
+    res = report(tmp_path, [worth('a', .02), worth('b', .5), worth('c', -.02), worth('d', .01)], minutes)
+    assert res.left_out=={'b':'fails here: RuntimeError: breaks'} and 'b' not in res.json['favourite'] and 'a' in res.json['favourite']
+    assert len(res.runs('b'))==seed and sorted(r['seed'] for r in res.runs('baseline', 'race'))==list(range(len(res.runs('a', 'race'))))
+    assert .8*60*minutes<clock.t<1.1*60*minutes and res.json['minutes']*60==pytest.approx(clock.t, rel=.01)
+    n = len(pretend.calls)
+    again = report(tmp_path, [worth('a', .02), worth('b', .5), worth('c', -.02), worth('d', .01)], minutes)
+    assert len(pretend.calls)==n, 'not tried again'
+    pd.testing.assert_frame_equal(res.df, again.df)
+    assert again.left_out==res.left_out and again.code==res.code
+
+def test_one_tip_that_fails(tmp_path, pretend, monkeypatch):
+    breaks(monkeypatch, pretend, ('a',1))
+    res = report(tmp_path, [worth('a', .5)], 6)
+    assert res.json['favourite']==[] and 'a' in res.left_out and 'Worth' not in res.code
+
+def test_a_favourite_that_fails_on_fresh_seeds(tmp_path, pretend, monkeypatch):
+    for lost in (1000,1001):
+        breaks(monkeypatch, pretend, ('a',lost))
+        res = report(tmp_path/str(lost), [worth('a', .02), worth('b', -.01)])
+        assert 'a' in res.left_out and not res.finding.pays and res.advice.startswith('Inconclusive') and len(res.runs('a', 'confirm'))==lost-1000
+        assert res.df.set_index('tip').verdict['a']!='see fresh seeds' or len(res.fresh)
+        res.plot(), repr(res)
+
+def test_after_a_combination_that_failed_the_next_is_tried_and_kept(tmp_path, pretend, monkeypatch):
+    "Also when the report goes on, with less time left than there was"
+    breaks(monkeypatch, pretend, ('a + b',0))
+    tips = [worth('a', .03), worth('b', .02), worth('c', .01)]
+    res = report(tmp_path, tips)
+    assert res.json['favourite']==['a','c'] and 'a + b' in res.left_out
+    again = report(tmp_path, tips)
+    assert again.json['favourite']==['a','c'] and again.left_out==res.left_out
+
 def test_the_favourite_is_judged_by_fresh_seeds_alone(tmp_path):
     "What gained in the race, and loses with seeds that had no part in the choice, is not recommended"
     lucky = Tip('lucky', learn='learn.add_cb(Lucky(0))', names=dict(gain=lambda seed: .02 if seed<1000 else -.3))
