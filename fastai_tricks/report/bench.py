@@ -8,11 +8,11 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report/bench.html.md"""
 __all__ = ['now', 'TrainClock', 'part_of', 'Bench', 'failure', 'look', 'look_again']
 
 # %% ../../nbs/report/bench.ipynb #6fe8d77d
-import gc, io, time
+import gc, io, time, traceback
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from fastai.vision.all import *
-from fastai.callback.data import PartialDL
+from fastai.callback.data import PartialDL, WeightedDL
 from ..core.learner import keep_random
 from .data import ReportData
 from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
@@ -67,15 +67,23 @@ class TrainClock(Callback):
 # %% ../../nbs/report/bench.ipynb #7e175b49
 def _only(dl, idxs): return dl.new(n=len(idxs), get_idxs=partial(list, idxs))
 
+class _PartialWeighted(PartialDL, WeightedDL):
+    "A part of the images for each epoch, drawn by their weights"
+    def get_idxs(self): return np.random.choice(self.n, self.partial_n, p=self.wgts).tolist()
+
+def _train_part(dl, n):
+    own = dict(wgts=dl.wgts) if isinstance(dl, WeightedDL) else {} # `new` forgets them
+    full = dl.n//dl.bs*dl.bs if dl.drop_last else dl.n
+    if not n or n>=full: return dl.new(**own)
+    return dl.new(cls=_PartialWeighted if own else PartialDL, partial_n=n, **own)
+
 def part_of(
     dls:DataLoaders, # Stay as they are
     n:int=None, # An epoch trains on n images, drawn again each time; all of them where there are no more
     valid:list=None, # Items of the validation set to validate on; default: all
 )->DataLoaders: # With loaders of their own
     "Loaders of a part of the data"
-    train,val = dls.train,dls.valid
-    full = train.n//train.bs*train.bs if train.drop_last else train.n
-    train = train.new(cls=PartialDL, partial_n=n) if n and n<full else train.new()
+    train,val = _train_part(dls.train, n),dls.valid
     val = _only(val, valid) if valid is not None and len(valid)<val.n else val.new()
     return type(dls)(train, val, path=dls.path, device=dls.device)
 
@@ -98,8 +106,14 @@ class Bench:
         "The names that the lines of a training see"
         res = dict(self.names)
         if self.data.varies and seed is not None: res['dblock'] = self.data.block_at(seed)
-        for t in tips: res |= t.names
+        for t in tips: res |= self._of_arch(t) | t.names
         return res
+
+    def _of_arch(self, tip):
+        "What stands for a tip's own network, and its arguments, in the lines"
+        if tip.arch is None: return {}
+        given = {**(tip.learner or {}), 'arch':tip.arch}
+        return given | {o.__name__:o for o in given.values() if getattr(o, '__name__', '').isidentifier()}
 
     def learner(self):
         "Without tips, silent"
@@ -175,7 +189,9 @@ class Bench:
 def failure(
     e:Exception,
 )->str:
-    "Why a tip or a combination is left out"
+    "Why a tip or a combination is left out; what it held in memory is free"
+    traceback.clear_frames(e.__traceback__)
+    gc.collect()
     return f'fails here: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
 
 def _second_turn(share, first, most):

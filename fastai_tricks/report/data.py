@@ -95,6 +95,9 @@ def fresh_split(
         if all(left[c]>2 for c in labels[i]):
             valid.append(int(i))
             left.subtract(set(labels[i]))
+    # Items of several classes may leave too few of one: each seed validates on as many
+    rest = sorted(set(range(len(labels)))-set(valid), key=lambda i: -min((left[c] for c in labels[i]), default=0))
+    valid += rest[:n_valid-len(valid)]
     return np.setdiff1d(np.arange(len(labels)), valid),np.array(sorted(valid), dtype=int)
 
 def _resplit(items, seed):

@@ -516,7 +516,8 @@ def _race_table(report):
     if _of(report, 'together'): found = _verdicts(report, 'race', 'together') | found
     df = _judged(_rows(_of(report, 'race', 'together'), found, s, _part_of(report)), s)
     df['code'] = [report.json['tips'].get(k, '') for k in df.tip]
-    if report.runs(report.favourite, 'confirm'): df.loc[(df.tip==report.favourite) & (df.verdict!='nothing learned'), 'verdict'] = _elsewhere
+    best = report.favourite
+    if report.runs(best, 'confirm'): df.loc[(df.tip==best) & (df.verdict!='nothing learned'), 'verdict'] = _elsewhere
     return df
 
 def _table_apart(report, stage):

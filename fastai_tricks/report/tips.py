@@ -50,7 +50,8 @@ class Tip:
     choice:dict=None # What was measured here to make its lines of: plain values, kept with the plan
 
     def __post_init__(self):
-        check_arg(isinstance(self.name, str) and self.name, 'name', self.name, 'a name')
+        ok = isinstance(self.name, str) and self.name and ' + ' not in self.name # That is how combinations are named
+        check_arg(ok, 'name', self.name, "a name without ' + '")
         lines = (self.block or self.learn or self.train or self.switch).splitlines()
         if not self.code and lines: self.code = lines[0]
 
@@ -58,7 +59,9 @@ class Tip:
         other, # Another `Tip`
     )->bool:
         "Do they not go together?"
-        return bool(set(self.kind.split()) & set(other.kind.split()))
+        def other_fit(a, b): return a.train and (b.train or b.fit or b.switch) # One of them would be left out
+        networks = self.arch is not None and other.arch is not None
+        return bool(set(self.kind.split()) & set(other.kind.split()) or networks or other_fit(self, other) or other_fit(other, self))
 
 # %% ../../nbs/report/tips.ipynb #46aaa8a0
 _lrs = dict(fine_tune=2e-3, fit_one_cycle=1e-3) # fastai's defaults
@@ -246,7 +249,9 @@ def _batch(o):
     return Tip('bigger batch', code=f'bs={2*o.bs}, linear_scaled_lr({2*o.bs}, lr, {o.bs})', bs=2, kind='batch')
 
 def _smoothing(o):
-    if type(o.learner().loss_func) is not CrossEntropyLossFlat: return 'the loss is not cross-entropy'
+    loss = o.learner().loss_func
+    if type(loss) is not CrossEntropyLossFlat: return 'the loss is not cross-entropy'
+    if loss.func.weight is not None: return 'the loss has weights of classes'
     return Tip('label smoothing', learn='learn.loss_func = LabelSmoothingCrossEntropyFlat()', kind='loss')
 
 def _fit_fast(o):
@@ -273,6 +278,8 @@ def _step_seconds(learn, steps=8):
     return marks[2]-marks[1],marks[1]-marks[0]
 
 def _compile(o):
+    tip = Tip('compile', learn='learn.model.compile()', kind='layers resize network', choice=dict(pays=True))
+    if 'compile' in o.chosen: return tip # Not timed again
     if o.seconds<least_compiled: return f'compiling takes minutes, and a training here {o.seconds:.0f} seconds'
     if not hasattr(nn.Module, 'compile'): return 'this torch cannot compile'
     plain,_ = _step_seconds(o.learner())
@@ -281,7 +288,7 @@ def _compile(o):
     fast,compiling = _step_seconds(learn)
     saved = o.seconds*(1-fast/plain)
     if saved<compiling: return f'compiling takes {compiling:.0f} seconds and would save {max(0, saved):.0f}'
-    return Tip('compile', learn='learn.model.compile()', kind='layers resize network')
+    return tip
 
 # In the order of the lines: precision before the layers that are timed in it
 TIPS = dict(
@@ -336,6 +343,7 @@ def tips_here(
         except ValueError: raise
         except Exception as e: o = f'fails here: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
         if isinstance(o, str): left_out[k] = o
+        elif isinstance(k, Tip) and here.no_block and (k.block or k.bs!=1): left_out[k.name] = here.no_block
         elif isinstance(k, Tip): found.append(k)
         else: found += [replace(t, place=list(TIPS).index(k)) for t in L(o)]
     return found,left_out

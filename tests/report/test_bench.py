@@ -1,13 +1,17 @@
 "A training of a report: what the model got, what the clock counted"
 from dataclasses import replace
-import pytest, torch
+from functools import partial
+from gc import collect
+import weakref
+import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.learner import vision_learner
-from fastai_tricks.report.bench import Bench, TrainClock, part_of
+import fastai_tricks.report.bench as bench_module
+from fastai_tricks.report.bench import Bench, TrainClock, failure, part_of
 from fastai_tricks.report.data import ReportData
 from fastai_tricks.report.tips import TIPS, Recipe, Tip
 from report_world import DATA, See, block, net
@@ -40,6 +44,27 @@ def test_part_of_is_drawn_again_for_training_and_fixed_for_validation():
     got = [tuple(part.train.get_idxs()) for _ in range(5)]
     assert len(set(got))==5 and all(len(set(g))==16 for g in got)
     assert [len(y) for _,y in part.valid]==[2] and len(dls.train)==11 and len(dls.valid)==1
+
+def test_a_weighted_loader_draws_by_its_weights():
+    "In parts of the images, and in all"
+    wgts = np.zeros(40)
+    wgts[8:13] = 1 # The first five to train on
+    dls = block().weighted_dataloaders(list(range(40)), wgts, bs=8, num_workers=0, device='cpu')
+    for n in (16,32):
+        part = part_of(dls, n).train
+        assert len(part)==n//8 and len(part.get_idxs())==n and set(part.get_idxs())<=set(range(5))
+
+def test_what_failed_holds_no_memory(monkeypatch):
+    class Big: pass
+    def fails(refs):
+        big = Big()
+        refs.append(weakref.ref(big))
+        big.itself = big
+        raise MemoryError('too big')
+    monkeypatch.setattr(bench_module.gc, 'collect', collect)
+    refs = []
+    try: fails(refs)
+    except MemoryError as e: assert failure(e)=='fails here: MemoryError: too big' and refs[0]() is None
 
 class Watched(Callback):
     "How many images each validation of a fit has"
@@ -156,3 +181,9 @@ def test_depthwise_learns_from_the_network_it_was(fit):
     t = Tip('depthwise', switch="dense = learn.model\nlearn.to_depthwise(select=['0.0.b'])", cbs='Distill(dense), look', names=dict(look=look, two=two))
     w = watched([t], arch=two, fit=fit)
     assert w.record['images']==6*16 and 'DepthwiseSeparableConv' in look.names and look.distil
+
+@pytest.mark.parametrize('arch', [partial(two), two])
+def test_a_tip_trains_its_own_network(arch):
+    "Also where its name says nothing, or is known to nobody else"
+    w = watched([Tip('own', arch=arch, learner=dict(pretrained=False))])
+    assert See.batches==[] and len(w.lrs)==12

@@ -1,7 +1,8 @@
 "A tip is its lines, and a reason where it has none here"
 from types import SimpleNamespace
-import pytest
+import math, pytest, torch
 from torch import nn
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.augment import aug_transforms
 from fastai_tricks.data.block import block_with
@@ -58,3 +59,20 @@ def test_what_was_measured_is_looked_at_before_lines_are_made_of_it():
     assert tip('mixed', dtype=None, channels_last=True).learn=='learn.add_cb(ChannelsLastBatch())' and isinstance(tip('mixed', dtype=None, channels_last=False), str)
     for bad in ('float16) or planted(', 16, 'float32'):
         with pytest.raises(ValueError, match='`dtype` must be'): tip('mixed', dtype=bad, channels_last=False)
+
+def test_a_report_that_goes_on_does_not_time_compiling_again():
+    t = TIPS['compile'](here(chosen=dict(compile=dict(pays=True)), seconds=math.inf))
+    assert t.learn=='learn.model.compile()' and t.choice
+
+def test_smoothing_does_not_cost_the_weights_of_classes():
+    def tip(**kwargs): return TIPS['smoothing'](here(learner=lambda: SimpleNamespace(loss_func=CrossEntropyLossFlat(**kwargs))))
+    assert tip().name=='label smoothing' and 'weights' in tip(weight=torch.ones(2))
+
+def test_own_tips_that_would_change_nothing():
+    "Without a DataBlock; beside another one that trains; under the name of a combination"
+    found,left_out = tips_here([Tip('size', block='x = 1'), Tip('twice', bs=2), Tip('plain', learn='x = 1')], here(dblock=None))
+    assert [t.name for t in found]==['plain'] and set(left_out)=={'size','twice'} and 'DataBlock' in left_out['size']
+    own,line = Tip('own', train='learn.fit(1)'),Tip('line', learn='x = 1')
+    for other in (Tip('a', train='learn.fit(2)'), Tip('b', fit=dict(fine_tune='fit_flat_cos')), Tip('c', switch='x = 1')): assert own.clashes(other) and other.clashes(own)
+    assert not own.clashes(line) and Tip('a', arch='x').clashes(Tip('b', arch='y')) and not line.clashes(Tip('a', arch='x'))
+    with pytest.raises(ValueError, match='`name` must be a name without'): Tip('a + b')
