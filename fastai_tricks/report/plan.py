@@ -297,11 +297,14 @@ def plan_report(
 )->ReportPlan:
     "Share out the time that is left, among less tips or seeds where it is short"
     sizes = dict(baseline=1, **{t.name:t.bs for t in tips})
-    each = [least_seconds(paces[k], budget.bs*sizes[k], budget.least_valid, budget.n) for k in sizes]
-    check_minutes(budget, seconds, each)
-    n,seeds,steps = affordable(budget, budget.seconds-seconds, each) if tips else (0,budget.seeds,0)
-    budget,left_out = replace(budget, seeds=seeds, steps=steps),left_out | {t.name:no_time(budget) for t in tips[n:]}
-    tips = sorted(tips[:n], key=lambda t: t.place)
+    least = {k:least_seconds(paces[k], budget.bs*sizes[k], budget.least_valid, budget.n) for k in sizes}
+    def each(ts): return [least[k] for k in ('baseline', *(t.name for t in ts))]
+    # A slow one that the minutes cannot hold must not cost the others
+    able = [t for t in tips if affordable(budget, budget.seconds-seconds, each([t]))[0]] or sorted(tips, key=lambda t: least[t.name])[:1]
+    check_minutes(budget, seconds, each(able))
+    n,seeds,steps = affordable(budget, budget.seconds-seconds, each(able)) if tips else (0,budget.seeds,0)
+    tips,out = sorted(able[:n], key=lambda t: t.place),[t for t in tips if t not in able[:n]]
+    budget,left_out = replace(budget, seeds=seeds, steps=steps),left_out | {t.name:no_time(budget) for t in out}
     paces = {k:paces[k] for k in ('baseline', *(t.name for t in tips))}
     setup,runs = np.mean([p.setup for p in paces.values()]),budget.race(n) + budget.after(n)
     _,share = split_time(budget.seconds-seconds, runs, setup, budget.n_valid*paces['baseline'].valid)

@@ -113,3 +113,13 @@ def test_cost_of_an_image():
     assert cost_factor([])==1 and cost_factor([((10,20),(10,10))])==pytest.approx(.75) and cost_factor([((10,20),(10,10))]*2)==.5
     # Twice what was planned: the machine was half as fast
     assert machine_scale([(10,5,1),(10,10,.5)])==pytest.approx(2)
+
+def test_a_tip_that_is_too_slow_does_not_cost_the_others():
+    "Though it is the most promising; and the least minutes are those of the fastest"
+    slow,paces = Tip('slow'),PACES | dict(slow=Pace(20, 2, .01))
+    plan = plan_report(replace(BUDGET, minutes=24), 60, paces, [slow,A,B], {})
+    assert list(plan.variants)==['baseline','a','b'] and set(plan.left_out)=={'slow'} and plan.trainings==18
+    def least(tips):
+        with pytest.raises(ValueError, match='at least') as e: plan_report(replace(BUDGET, minutes=1.2), 60, paces, tips, {})
+        return float(str(e.value).split('at least ')[1].split()[0])
+    assert least([slow,B])==least([B])<least([slow])
