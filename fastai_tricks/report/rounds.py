@@ -174,8 +174,7 @@ class Rounds:
     def _measure(self, names, seeds):
         "The gain of a combination; None where there is no time for it"
         name = ' + '.join(names)
-        if self.gave_up(name, 'together'): return -math.inf
-        begun = any(self.records.find(name, s, 'together') for s in seeds)
+        begun = self.gave_up(name, 'together') or any(self.records.find(name, s, 'together') for s in seeds)
         cost = len(seeds)*np.mean([r['wall'] for r in self.runs('race', seeds=seeds[-1:])])
         reserved = 2*self.plan.budget.seeds*cost/len(seeds) # For the fresh seeds
         if not begun and self.left-reserved<.6*cost: return
@@ -186,6 +185,7 @@ class Rounds:
         self.guesses[name] = replace(base, image=image, head=sum(p.head for p in paces))
         self.progress = Progress([1]*len(seeds))
         for s in seeds: self._round([name], s, 'together', f'seed {s+1}', seconds=self.runs('race', seeds=[s])[0]['budget'])
+        # Tips that do not go together
         return -math.inf if self.gave_up(name, 'together') else self.gain(name, seeds)
 
     def _best(self, last):

@@ -144,6 +144,28 @@ def test_after_a_combination_that_failed_the_next_is_tried_and_kept(tmp_path, pr
     again = report(tmp_path, tips)
     assert again.json['favourite']==['a','c'] and again.left_out==res.left_out
 
+def test_killed_after_failures_and_taken_up_again(tmp_path, pretend, monkeypatch):
+    "The same trainings of the same length, wherever it was killed"
+    tips = [worth('a', .03, 1.3), worth('b', .04), worth('c', -.01, .7), worth('e', .02)]
+    def go(out): return report(out, tips, 30, train_minutes=5)
+    def runs(res): return [(r['name'],r['seed'],r['stage'],r['budget'],r['images'],r['score']) for r in res.json['runs']]
+    breaks(monkeypatch, pretend, ('b',1), ('a + e',1))
+    lossy = bench.Bench.train
+    res = go(tmp_path/'whole')
+    assert set(res.left_out)=={'b','a + e'} and res.favourite=='a'
+    looks,n = len(pretend.calls)-len(res.json['runs']),len(res.json['runs'])
+    for kill in (5,12,16,n-7,n-1): # In the race, the combination, on fresh seeds, half as long
+        clock.restart()
+        del pretend.calls[:]
+        def dies(self, *args, **kwargs):
+            if len(pretend.calls)==looks+kill: raise KeyboardInterrupt
+            return lossy(self, *args, **kwargs)
+        monkeypatch.setattr(bench.Bench, 'train', dies)
+        with pytest.raises(KeyboardInterrupt): go(tmp_path/str(kill))
+        monkeypatch.setattr(bench.Bench, 'train', lossy)
+        again = go(tmp_path/str(kill))
+        assert runs(again)==runs(res) and again.left_out==res.left_out and again.advice==res.advice
+
 def test_the_favourite_is_judged_by_fresh_seeds_alone(tmp_path):
     "What gained in the race, and loses with seeds that had no part in the choice, is not recommended"
     lucky = Tip('lucky', learn='learn.add_cb(Lucky(0))', names=dict(gain=lambda seed: .02 if seed<1000 else -.3))
