@@ -11,6 +11,7 @@ from pathlib import Path
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, RandomSplitter, get_image_files, parent_label
 from fastai.vision.all import ImageBlock, Resize, aug_transforms
 from fastai_tricks.all import lite0_weights, sample_images, tips_report
+from fastai_tricks.report.result import TipsReport
 from common import write_results
 from sets import by_blocks, by_folder
 
@@ -66,7 +67,8 @@ def main():
     a.data, a.out = a.data.resolve(), a.out.resolve() # Before the chdir below
     os.chdir(lite0_weights().parent) # So that no path of this machine stands in the results
     for name in a.sets:
-        report = report_on(name, a)
+        folder = a.out/name.replace(', ', '_')
+        report = TipsReport.load(folder) if (folder/'report.json').exists() else report_on(name, a)
         print(report)
         old = json.loads(FILE.read_text()) if FILE.exists() else {}
         write_results(FILE, old | {name: kept(report)})

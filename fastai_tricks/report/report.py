@@ -104,12 +104,14 @@ class ReportOptions:
 # %% ../../nbs/report/report.ipynb #4a5a2d5d
 def _entries(tips, archs, tuning):
     "Names in the table, and `Tip`s"
-    if isinstance(tips, str) and tips=='all': return list(TIPS)
+    if isinstance(tips, str) and tips=='all': tips = TIPS
     entries = [tips] if isinstance(tips, (str,Tip)) else list(tips)
     for t in entries: check_arg(isinstance(t, Tip) or t in TIPS, 'tips', t, f"'all', or of {', '.join(map(repr, TIPS))}, or a `Tip`")
     entries += arch_tips(archs, tuning)
     own = [t.name for t in entries if isinstance(t, Tip)]
-    check_arg(len(set(own) - {'baseline',*TIPS})==len(own), 'tips', own, 'such that each has a name of its own')
+    shown = {'baseline','bigger batch','label smoothing',*TIPS}
+    free = [k for k in set(own)-shown if not re.fullmatch(r'\d+ px', k)]
+    check_arg(len(free)==len(own), 'tips', own, 'such that each has a name of its own')
     return entries
 
 def _check_args(minutes, seeds, metric, bs, train_minutes):
@@ -222,7 +224,7 @@ def _report(out, data, recipe, entries, budget, options, train_minutes, given):
         plan = _plan(bench, records, entries, budget)
         print(plan, flush=True)
         if records.runs: print(f'tips_report: going on after {plural(len(records.runs), "training")} in {str(out)!r}', flush=True)
-        rounds = Rounds(plan, records, bench.train, settings['lower'])
+        rounds = Rounds(plan, records, bench.train, settings['lower'], small=settings['small'])
         return TipsReport(records.finish(_finished(rounds, rounds.run(), recipe, settings, given)))
 
 def tips_report(

@@ -24,6 +24,7 @@ def combined(
     measure:Callable, # `measure(names)` gives that of a combination, or None where there is no time for it
     clash:Callable=lambda a,b: False, # May two tips not go together?
     steps:int=2, # Combinations to try
+    small:float=0., # A combination stays where it gains more by so much: of two that are alike the simpler one
 )->list: # Names; none where nothing gains
     "Add tips greedily while they help"
     ranked = sorted((k for k in gains if gains[k]>0), key=lambda k: -gains[k])
@@ -34,7 +35,7 @@ def combined(
         if tried==steps or any(clash(k, o) for o in best): continue
         if (g := measure([*best,k])) is None: break
         tried += 1
-        if g>gain: best,gain = [*best,k],g
+        if g>gain+small: best,gain = [*best,k],g
     return best
 
 # %% ../../nbs/report/rounds.ipynb #ed312211
@@ -48,10 +49,11 @@ class Rounds:
         train:Callable, # `train(tips, seed, epochs, images, parts=, cbs=)` gives a record, as `Bench.train`
         lower:bool=False, # Is a lower score better?
         still:Callable=still_racing, # Which tips go on
+        small:float=0., # A combination stays where it gains more by so much
     ):
         self.plan,self.records = plan,records
         self.train,self.lower = train,lower
-        self.still = still
+        self.still,self.small = still,small
         self.lost = list((records.plan or {}).get('lost', [])) # Trainings that failed: not tried again
         self.guesses,self.planned = {},0 # Paces of combinations; trainings that are done or given up
 
@@ -196,7 +198,7 @@ class Rounds:
         finished = [k for k in tips if counts[k]>=len(seeds)] or list(tips)
         def clash(a, b): return tips[a].clashes(tips[b])
         steps = self.plan.budget.combinations(len(tips))
-        return combined({k:self.gain(k, seeds) for k in finished}, partial(self._measure, seeds=seeds), clash, steps)
+        return combined({k:self.gain(k, seeds) for k in finished}, partial(self._measure, seeds=seeds), clash, steps, self.small)
 
     def _confirm(self, name, last):
         "The favourite and the baseline on fresh seeds, and on more where there is time left"
