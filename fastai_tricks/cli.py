@@ -57,21 +57,21 @@ _file = _value(Path, Path.is_file, 'a file')
 def _add_data(r):
     r.add_argument('path', metavar='PATH', type=_folder, help='folder of images, with a folder for each class unless --csv is given')
     r.add_argument('--csv', metavar='FILE', type=_file, help='file with one row per image')
-    r.add_argument('--fn-col', metavar='NAME', default='image', help='its column with the file below PATH (default: %(default)s)')
+    r.add_argument('--fn-col', metavar='NAME', default='image', help='its column with the image, relative to PATH (default: %(default)s)')
     r.add_argument('--label-col', metavar='NAME', default='label', help='its column with the class (default: %(default)s)')
-    r.add_argument('--size', metavar='N', type=_count, default=224, help='square images, pixels (default: %(default)s)')
-    r.add_argument('--valid-pct', metavar='X', type=_share, default=.2, help='share of the validation set (default: %(default)s)')
+    r.add_argument('--size', metavar='N', type=_count, default=224, help='images are resized to N by N pixels (default: %(default)s)')
+    r.add_argument('--valid-pct', metavar='X', type=_share, default=.2, help='fraction of the images to validate on (default: %(default)s)')
     r.add_argument('--bs', metavar='N', type=_count, help='batch size (default: 64, or half of the training images)')
     r.add_argument('--num-workers', metavar='N', type=_workers, help="processes that load images (default: fastai's)")
 
 def _add_training(r):
-    r.add_argument('--arch', metavar='NAME', default='resnet34', help='a name of timm or torchvision (default: %(default)s)')
+    r.add_argument('--arch', metavar='NAME', default='resnet34', help='network, by its name in timm or torchvision (default: %(default)s)')
     weights = r.add_mutually_exclusive_group()
-    weights.add_argument('--weights', metavar='FILE', type=_file, help='file with pretrained weights, for a network of timm')
-    weights.add_argument('--scratch', action='store_true', help='no pretrained weights')
-    r.add_argument('--minutes', metavar='X', type=_above_0, default=20, help='for all of it (default: %(default)s)')
-    r.add_argument('--tips', metavar='TIP', nargs='+', default='all', help=f'of {", ".join(_tips)} (default: all)')
-    r.add_argument('--seeds', metavar='N', type=_count, default=3, help='trainings of each (default: %(default)s)')
+    weights.add_argument('--weights', metavar='FILE', type=_file, help='file with pretrained weights, for a network from timm')
+    weights.add_argument('--scratch', action='store_true', help='train from scratch, without pretrained weights')
+    r.add_argument('--minutes', metavar='X', type=_above_0, default=20, help='time for the whole report (default: %(default)s)')
+    r.add_argument('--tips', metavar='TIP', nargs='+', default='all', help=f'one or more of {", ".join(_tips)} (default: all)')
+    r.add_argument('--seeds', metavar='N', type=_count, default=3, help='trainings of the baseline and of each tip (default: %(default)s)')
     r.add_argument('--lr', metavar='X', type=_above_0, help="largest learning rate (default: fastai's)")
 
 def _parser():
@@ -81,8 +81,8 @@ def _parser():
     _add_data(r)
     _add_training(r)
     r.add_argument('--out', metavar='OUT', type=Path, default=Path('tips_report'),
-                   help='folder of the report; the same call goes on with what is there (default: %(default)s)')
-    r.add_argument('--restart', action='store_true', help='delete what is in OUT')
+                   help='folder of the report; run again, the same command resumes what is there (default: %(default)s)')
+    r.add_argument('--restart', action='store_true', help='start over: delete the report that is in OUT')
     return p
 
 # %% ../nbs/cli.ipynb #a0fd3aec

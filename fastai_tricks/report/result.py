@@ -89,7 +89,7 @@ class Finding:
     level:float=.95 # Confidence of the interval, in (0,1)
     evidence:str='seed' # Or 'fresh seed': it had no part in the choice
     splits:bool=False # Another split for each seed?
-    more:int=None # Seeds that would tell; None where that is not known
+    more:int=None # Seeds that would settle it; None where that is not known
     others:tuple=() # Other tips that paid in the race
     tried:bool=True # Was any tip trained?
 
@@ -125,7 +125,7 @@ class Finding:
     def _open(self):
         if self.verdict==_unconfirmed: return f'Inconclusive: {self._gained()} and was best in the race, but was not tried on fresh seeds.'
         about = ''
-        if self.more: about = f'; about {self.more} seeds would tell' if self.more<=100 else '; even 100 seeds would not tell'
+        if self.more: about = f'; about {self.more} seeds would settle it' if self.more<=100 else '; even 100 seeds would not settle it'
         return f'Inconclusive: {self._gained()}{about}.'
 
     def __str__(self):
@@ -269,8 +269,9 @@ def _conditions(report):
     how = 'fine-tuned' if s['fit']=='fine_tune' else 'from scratch'
     of = '' if s['validated']==s['valid'] else f" of {s['valid']}"
     px = '×'.join(map(str, dict.fromkeys(s['size'])))
-    split = ', another split for each' if s.get('splits')=='vary' and report.seeds!='1 seed' else ''
-    return (f"{s['arch']}, {how}, {s['train']} + {s['validated']}{of} images of {s['classes']} classes at {px} px, batches of {s['bs']}; "
+    split = ', each on its own split' if s.get('splits')=='vary' and report.seeds!='1 seed' else ''
+    return (f"{s['arch']}, {how}, {s['train']} training and {s['validated']}{of} validation images of "
+            f"{s['classes']} classes at {px} px, batches of {s['bs']}; "
             f"{report.seeds}{split}, {data['minutes']:.1f} of {s['minutes']:g} minutes; "
             f"{e['device']}, {plural(e['threads'], 'thread')}, fastai {e['fastai']}, torch {e['torch']}")
 
@@ -300,9 +301,11 @@ def _cells(report):
     return cells,[PARTS[k] if k!=was else '' for k,was in zip(df.part, before)]
 
 def _legend(report):
-    "What the column `time` is"
-    metric = report.json['settings']['metric']
-    return f"time: to the baseline's final {metric}, in trainings of the baseline; empty where it is not reached."
+    "What the columns are"
+    unit = 'points' if report.unit.points else 'difference'
+    metric,level = report.json['settings']['metric'],f"{report.json['settings']['level']:.0%}"
+    return (f'{unit}: {metric} minus that of the baseline on the same seeds, with its {level} interval; n: seeds; '
+            f"time: until the baseline's final {metric} is reached, as a share of the baseline's training time; empty if it never is.")
 
 def _lists(report):
     "Titles, with a text for each name"
@@ -314,7 +317,8 @@ def _fill(text, later=''):
 
 def _text(report):
     "All of it, as text"
-    res = [_fill(report.advice), *map(_fill, report.notes), '', *_as_lines(*_cells(report)), '', _legend(report), _fill(report.conditions)]
+    said,below = (report.advice, *report.notes),(_legend(report), report.conditions)
+    res = [*map(_fill, said), '', *_as_lines(*_cells(report)), '', *map(_fill, below)]
     for title,d in _lists(report).items(): res += ['', f'{title}:', *(_fill(f'- {k}: {v}', '    ') for k,v in d.items())]
     return '\n'.join(res)
 
@@ -461,7 +465,7 @@ _page = '''<!doctype html>
 {advice}
 <h2>The cell to paste</h2>
 <pre>{code}</pre>
-<h2>Each tip against the baseline, at the same time of training</h2>
+<h2>Each tip against the baseline, trained for the same time</h2>
 <img alt="Differences to the baseline with their intervals, and scores over seconds of training" src="data:image/png;base64,{png}">
 {table}
 <p>fastai_tricks {version}</p>
@@ -486,7 +490,7 @@ def cell_to_paste(
     wins = finding.pays and bool(code.get('favourite'))
     lines = [code['favourite']] if wins else [said, code['baseline']]
     if finding.undecided and code.get('favourite'):
-        lines += [f'# Whether this pays could not be told, so it is no more than a comment: {_short(finding.name, 60)}',
+        lines += [f'# Not shown to pay, so it is commented out: {_short(finding.name, 60)}',
                   *(f'# {l}' for l in code['favourite'].splitlines())]
     return '\n'.join([code['imports'], *(['', code['data']] if code.get('data') else []), '', *lines])
 

@@ -53,7 +53,7 @@ def test_what_it_found(finished):
     verdicts = dict(res.df.set_index('tip').verdict)
     assert verdicts['<b>good</b>'] in ('pays','see fresh seeds') and verdicts['32 px']=='no difference' and res.json['favourite']==['<b>good</b>']
     assert list(res.left_out)==['fails'] and 'no_such_thing' in res.left_out['fails'] and res.left_out['fails'] in repr(res)
-    assert res.json['settings']['bs']==4 and '40 + 8 images of 2 classes at 64 px, batches of 4; 3 seeds' in res.conditions
+    assert res.json['settings']['bs']==4 and '40 training and 8 validation images of 2 classes at 64 px, batches of 4; 3 seeds' in res.conditions
 
 def test_html_opens_without_a_network(finished, tmp_path):
     res = finished[0]

@@ -124,10 +124,10 @@ def test_seeds_to_tell(d, sd, n):
 
 def test_how_many_seeds_would_tell():
     f = Finding(Unit('accuracy', True), name='a', difference=.011, low=-.008, high=.03, n=3, verdict='inconclusive', evidence='fresh seed', more=12)
-    assert str(f)=='Inconclusive: a gained +1.1 points (95% interval -0.8 to +3.0; 3 fresh seeds); about 12 seeds would tell.'
+    assert str(f)=='Inconclusive: a gained +1.1 points (95% interval -0.8 to +3.0; 3 fresh seeds); about 12 seeds would settle it.'
     res = chosen(dict(baseline=BASE, good=[.73,.71,.735]))
     row = res.fresh.iloc[1]
-    assert 3<seeds_to_tell(row.difference, row.sd)==res.finding.more<20 and f'about {res.finding.more} seeds would tell' in res.advice
+    assert 3<seeds_to_tell(row.difference, row.sd)==res.finding.more<20 and f'about {res.finding.more} seeds would settle it' in res.advice
 
 # The cell to paste ----------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ def test_the_cell_runs_and_trains_with_what_pays():
 def test_the_inconclusive_is_a_comment_that_says_so():
     code = chosen(dict(baseline=BASE, good=[.76,.67,.73])).code
     said = comments(code)
-    assert result(code)==3 and said[0].startswith('# Inconclusive: good gained') and 'could not be told' in said[1] and said[2:]==['# y = 1','# x = source + y']
+    assert result(code)==3 and said[0].startswith('# Inconclusive: good gained') and 'Not shown to pay' in said[1] and said[2:]==['# y = 1','# x = source + y']
 
 def test_what_costs_is_not_even_a_comment():
     code = chosen(dict(baseline=BASE, good=[.60,.62,.611])).code
@@ -175,7 +175,7 @@ def test_unequal_seeds_are_compared_on_what_both_have():
     assert df.n.tolist()==[5,2] and df.difference['a']==pytest.approx(-.1) and res.differences('a')==pytest.approx([-.1,-.1])
     assert '2 to 5 seeds' in res.conditions
     splits = [make(dict(baseline=BASE[:n], a=BASE[:n]), splits='vary').conditions for n in (1,2)]
-    assert '; 1 seed, 1.5 of' in splits[0] and '; 2 seeds, another split for each, 1.5 of' in splits[1]
+    assert '; 1 seed, 1.5 of' in splits[0] and '; 2 seeds, each on its own split, 1.5 of' in splits[1]
     # The baseline's final score on these two seeds is .71, its training takes 10 seconds: .61 never gets there
     assert make(dict(baseline=[.70,.72,.71,.79,.80], a=[.71,.73])).df.to_baseline[1]<10
     assert math.isnan(df.to_baseline['a']) and df.share['baseline']==pytest.approx(1)
