@@ -251,8 +251,7 @@ def tips_report(
     out = Path(out).absolute()
     check_free(out)
     check_writable(out)
-    _fetch(arch, kwargs, entries)
-    with keep_random(), offline_hub():
+    with keep_random():
         data = read_data(dblock_or_dls, source, bs, options.data)
         recipe = Recipe(arch, metric, fit, data.bs, options.lr, data.loaders, kwargs, options.data)
         points = mk_metric(metric).name=='accuracy'
@@ -260,4 +259,5 @@ def tips_report(
                         train_minutes is not None, options.seed)
         made_to_fit = bs is None and data.bs<default_bs and not data.loaders
         if made_to_fit: print(f'tips_report: batches of {data.bs}, half of the {data.n} training images', flush=True)
-        return _report(out, data, recipe, entries, budget, options, train_minutes, given)
+        _fetch(arch, kwargs, entries)
+        with offline_hub(): return _report(out, data, recipe, entries, budget, options, train_minutes, given)
