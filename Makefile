@@ -70,7 +70,6 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	$(if $(DATA),$(PY) benchmarks/climb.py signal --data "$(DATA)")
 	$(PY) benchmarks/verdicts.py
 	$(if $(DATA),$(PY) benchmarks/tips_report.py --data "$(DATA)")
-	$(if $(DATA),$(PY) benchmarks/lengths.py --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/rank_archs.py --data "$(DATA)")
 	$(if $(and $(DATA),$(RESNET18)),$(PY) benchmarks/targets.py --data "$(DATA)" --resnet18 "$(RESNET18)")
 
