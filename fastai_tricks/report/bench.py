@@ -16,8 +16,8 @@ from fastai.callback.data import PartialDL, WeightedDL
 from ..core.learner import keep_random
 from .data import ReportData
 from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
-                                       no_time, pace_of, plan_report, ReportPlan, validations)
-from .tips import by_worth, Here, Recipe, tips_here
+                                       no_time, pace_of, plan_report, refuse_minutes, ReportPlan, validations)
+from .tips import by_worth, Here, Recipe, step_seconds, tips_here
 
 # %% ../../nbs/report/bench.ipynb #b091dcd0
 def now()->float: # Seconds since any start
@@ -229,6 +229,13 @@ def _there_is_time_for(bench, base, budget, spent, n):
     check_minutes(budget, spent+mini, [.7*(each+mini/budget.seeds)]*min(2, 1+n)) # The first training is slower than others
     return max(1, affordable(budget, 1.15*budget.seconds-spent-mini, [each+mini/budget.seeds]*(1+n))[0]) if n else 0
 
+def _glance(bench, budget):
+    "Two batches say within seconds whether a single comparison is out of the question"
+    step = step_seconds(bench.learner(), 2)[0]/2
+    seeds = min(3, budget.seeds)
+    least = 2*seeds*least_epochs*least_batches*step
+    if least>1.5*budget.seconds: refuse_minutes(budget, least, seeds)
+
 def look(
     bench:Bench,
     entries:list, # Names in `TIPS`, or `Tip`s
@@ -237,6 +244,7 @@ def look(
     "Which tips there are here, which not and why, and how fast each is"
     began,entries = now(),by_worth(entries)
     with keep_random():
+        if entries: _glance(bench, budget)
         base = pace_of([bench.measure([])]) # Something has to be known before anything is spent
         n = _there_is_time_for(bench, base, budget, now()-began, len(entries))
         expected = (budget.seconds - (now()-began))/max(1, budget.race(n)+budget.after(n))

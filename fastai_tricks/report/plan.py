@@ -6,8 +6,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report/plan.html.md"""
 
 # %% auto #0
 __all__ = ['least_epochs', 'least_batches', 'validations', 'head_passes', 'epochs_that_fit', 'split_time', 'rotated', 'Pace',
-           'pace_of', 'training_within', 'Budget', 'least_seconds', 'seconds_needed', 'affordable', 'check_minutes',
-           'ReportPlan', 'valid_parts', 'no_time', 'plan_report', 'cost_factor', 'machine_scale']
+           'pace_of', 'training_within', 'Budget', 'least_seconds', 'seconds_needed', 'affordable', 'refuse_minutes',
+           'check_minutes', 'ReportPlan', 'valid_parts', 'no_time', 'plan_report', 'cost_factor', 'machine_scale']
 
 # %% ../../nbs/report/plan.ipynb #5a51edce
 from dataclasses import asdict, dataclass, replace
@@ -176,6 +176,16 @@ def affordable(
         if seconds_needed(replace(budget, seeds=seeds), each[:2])<=left: return 1,seeds,0
     return 0,min(3, budget.seeds),0
 
+def refuse_minutes(
+    budget:Budget,
+    seconds:float, # That one comparison takes
+    seeds:int, # Of it
+):
+    "Raise a ValueError that names the least minutes"
+    least = math.ceil(1.1*seconds/6)/10
+    what = f'one tip with {plural(seeds, "seed")}; smaller images or fewer seeds take less'
+    check_arg(False, 'minutes', budget.minutes, f'at least {least:g} on this machine ({what})')
+
 def check_minutes(
     budget:Budget,
     spent:float, # Seconds that are over
@@ -185,8 +195,7 @@ def check_minutes(
     tips,seeds,_ = affordable(budget, budget.seconds-spent, each)
     if tips or len(each)<2: return
     seconds = spent + seconds_needed(replace(budget, seeds=seeds), each[:2])
-    least = math.ceil(1.1*seconds/6)/10
-    check_arg(False, 'minutes', budget.minutes, f'at least {least:g} on this machine, for one tip with {plural(seeds, "seed")}')
+    refuse_minutes(budget, seconds, seeds)
 
 # %% ../../nbs/report/plan.ipynb #c05c7898
 def _lines_of(tip):

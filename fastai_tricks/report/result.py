@@ -588,6 +588,20 @@ def _note_networks(report):
     said = [f'{r.tip} {unit.gain(r.difference)} ({unit.interval(r.low, r.high)}; {plural(r.n, "seed")})' for r in df.itertuples()]
     return f"Another network did better in the same time: {', '.join(said)}." if said else ''
 
+def _time_ratio(report, name):
+    "Seconds of training as a multiple of the baseline's, over the seeds that both have"
+    def seconds(k): return {(stage_of(r).replace('together', 'race'),r['seed']):r['seconds'] for r in report.runs(k)}
+    own,base = seconds(name),seconds('baseline')
+    both = [k for k in own if k in base]
+    return sum(own[k] for k in both)/sum(base[k] for k in both) if both else 1.
+
+def _note_time(report):
+    "What trained much longer or shorter than the baseline; a head alone is meant to"
+    names = [k for k in report.names if k!='baseline' and any(r['images'] for r in report.runs(k))]
+    off = [(k,x) for k in names if not .75<(x := _time_ratio(report, k))<1.33]
+    said = ', '.join(f'{k} {x:.2g} times as long as the baseline' for k,x in off)
+    return f'Not the same time, as the machine was not always equally fast: {said}. Read their differences with that.' if off else ''
+
 # %% ../../nbs/report/result.ipynb #e29e4812
 def _today(data):
     "A report as it is written today, from any"
@@ -681,8 +695,8 @@ class TipsReport:
         return str(self.finding)
     @property
     def notes(self):
-        "What else is to be said: of the length of the training, of other networks"
-        return [o for o in (_note_length(self), _note_networks(self)) if o]
+        "What else is to be said: of unequal times, of the length of the training, of other networks"
+        return [o for o in (_note_time(self), _note_length(self), _note_networks(self)) if o]
     @property
     def code(self):
         "The cell to paste: the favourite where it pays, else the baseline"

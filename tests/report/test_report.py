@@ -7,6 +7,7 @@ from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock
 from fastai.data.transforms import IndexSplitter, RandomSplitter, get_image_files, parent_label
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageBlock
+import fastai_tricks.data.subset # noqa: F401 - for DataBlock.class_subset
 from fastai_tricks.core.test_utils import tiny_dls
 from fastai_tricks.data.sample import sample_images
 from fastai_tricks.report.data import read_data

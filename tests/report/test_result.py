@@ -321,3 +321,12 @@ def test_texts_are_escaped(tmp_path):
                code=dict(imports='</pre><script>', data='', baseline='', favourite='<script>'))
     text = res.to_html(tmp_path/'r.html').read_text()
     assert '<script' not in text and '<i>' not in text and '<b>x' not in text and 'mathjax_ignore' in res._repr_html_()
+
+def test_unequal_times_are_said():
+    "On a busy machine a plan may miss; what trains a head alone is meant to end early"
+    def notes(*seconds, images=100):
+        res = make(dict(baseline=[.5,.51,.52], a=[.5,.51,.52]))
+        runs = [r | (dict(seconds=s, images=images) if r['name']=='a' else dict(seconds=10., images=100)) for r,s in zip(res.json['runs'], [0,0,0,*seconds])]
+        return ' '.join(TipsReport(res.json | dict(runs=runs)).notes)
+    assert 'Not the same time' not in notes(12., 9., 12.) + notes(2., 2., 2., images=0)
+    assert 'a 1.5 times as long as the baseline' in notes(10., 15., 20.) and 'a 0.5 times' in notes(4., 5., 6.)
