@@ -51,7 +51,7 @@ def test_one_bad_minute_does_not_count(tmp_path):
 def test_large_validation_set_is_drawn_once(tmp_path, pretend):
     res = report(tmp_path, [worth('a', .02)], 24, n=840, db=block(800), steps=0)
     n = res.json['settings']['validated']
-    assert 200<=n<800 and .9*24*60<clock.t<1.1*24*60 and f'40 + {n} of 800 images' in res.conditions
+    assert 200<=n<800 and .9*24*60<clock.t<1.1*24*60 and f'40 training and {n} of 800 validation images' in res.conditions
     drawn = {c['valid'] for c in pretend.trained}
     assert len(drawn)==1 and len(set(*drawn))==n
 
@@ -61,6 +61,13 @@ def test_too_few_minutes(tmp_path):
     enough = float(str(e.value).split('at least ')[1].split()[0])
     report(tmp_path/'enough', [worth('good', .02)], enough)
     assert (tmp_path/'enough'/'report.json').exists()
+
+def test_what_is_out_of_the_question_is_refused_after_two_batches(tmp_path, pretend, monkeypatch):
+    monkeypatch.setattr(bench, 'step_seconds', lambda learn, steps: (8.,9.))
+    # 6 trainings of 6 epochs of 2 batches, 4 seconds each: 288 seconds, and a tenth more
+    with pytest.raises(ValueError, match='`minutes` must be at least 5.3 on this machine .one tip with 3 seeds'): report(tmp_path, [worth('a', .02)], 3)
+    assert pretend.calls==[] and clock.t<1
+    report(tmp_path/'enough', [worth('a', .02)], 6)
 
 # Order and combinations ---------------------------------------------------------------
 
@@ -198,6 +205,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         clock.restart()
         m.setattr(bench, 'now', clock)
+        m.setattr(bench, 'step_seconds', lambda learn, steps: (0.,0.))
         m.setattr(bench.Bench, 'train', lambda self, *args, **kwargs: p(*args, **kwargs))
         return report(out, TIPS),p
 
