@@ -104,7 +104,8 @@ def _data(a):
     from fastai.vision.all import get_image_files
     if a.csv: _table(a)
     elif not get_image_files(a.path): raise _Wrong('PATH', f'no images in {str(a.path)!r}')
-    code,names = block_code(a.path, a.size, a.valid_pct, a.csv, a.fn_col, a.label_col),{}
+    path,csv = a.path.absolute(),a.csv and a.csv.absolute() # The cell is pasted elsewhere
+    code,names = block_code(path, a.size, a.valid_pct, csv, a.fn_col, a.label_col),{}
     exec('from fastai.vision.all import *\nimport pandas as pd\n' + code, names)
     return code,names['dblock'],names['source']
 

@@ -8,7 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/report/report.html.md"""
 __all__ = ['ReportOptions', 'tips_report']
 
 # %% ../../nbs/report/report.ipynb #87c83aed
-import difflib, platform, sys
+import difflib, inspect, platform, sys
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 import timm
@@ -98,6 +98,8 @@ class ReportOptions:
         if astray: raise ValueError(f'`{astray[0]}` belongs into options=dict({astray[0]}=...)')
         if isinstance(o, cls): return o
         check_arg(o is None or isinstance(o, dict), 'options', o, f"a dict with some of {', '.join(known)}")
+        own = [k for k in o or () if k not in known and k in inspect.signature(tips_report).parameters]
+        if own: raise ValueError(f'`{own[0]}` is an argument of `tips_report` itself, and does not belong into `options`')
         check_arg(set(o or {})<=set(known), 'options', o, f"a dict with some of {', '.join(known)}")
         return cls(**(o or {}))
 

@@ -108,7 +108,7 @@ def test_nothing_of_loaders_is_changed(tmp_path):
     (dict(arch='resnet_34'), "`arch`.*'resnet34"), (dict(arch=3), '`arch`'), (dict(bs=64), '`bs` must be at most half of the 40'), (dict(bs=0), '`bs`'), (dict(metric=3), '`metric`'),
     (dict(tips=[Tip('baseline')]), '`tips`'), (dict(tips=[Tip('a'),Tip('a')]), '`tips`'), (dict(options=dict(level=2.)), '`level`'), (dict(options=dict(lr=-1)), '`lr`'),
     (dict(steps=-1), '`steps`'), (dict(options=dict(small='x')), '`small`'), (dict(options=dict(data=3)), '`data`'), (dict(options=dict(speed=3)), '`options` must be a dict with some of lr'),
-    (dict(lr=.1), '`lr` belongs into options'), (dict(resume=False), '`resume` belongs into options')])
+    (dict(lr=.1), '`lr` belongs into options'), (dict(options=dict(seeds=2)), '`seeds` is an argument of'), (dict(resume=False), '`resume` belongs into options')])
 def test_bad_arguments(tmp_path, kw, what):
     with pytest.raises(ValueError, match=what): report(tmp_path/'x', **{'tips':[worth('a', .1)], 'minutes':6, **kw})
     assert not (tmp_path/'x').exists() and clock.t==0
