@@ -86,6 +86,7 @@ def _label(ds, i):
 
 class _TakeAnother:
     "In place of the `do_item` of `dl`: where an image cannot be decoded, the next of its class"
+    only_replaces_broken = True # Said to loaders that need not ask it for sound images
     def __init__(self, dl, log, max_share, split): store_attr()
 
     def __call__(self, s):

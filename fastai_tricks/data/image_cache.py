@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/image_cache.html.md"""
 # %% auto #0
 __all__ = ['Slot', 'CachePlan', 'plan_cache', 'Kind', 'ImageCache', 'OpenStored']
 
-# %% ../../nbs/data/image_cache.ipynb #90ee9c61
+# %% ../../nbs/data/image_cache.ipynb #74c4e706
 import os, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
 
-# %% ../../nbs/data/image_cache.ipynb #6c4ce622
+# %% ../../nbs/data/image_cache.ipynb #08a93605
 _share = .8 # Of the free memory, at most: a training needs some too
 
 def _size_text(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{max(n, 1e5)/1e6:.1f} MB'
@@ -73,7 +73,7 @@ def plan_cache(
         check_arg(nbytes<=disk, 'folder', str(folder), f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free')
     return CachePlan(images, tuple(largest), nbytes, where, memory if where=='memory' else disk, str(folder) if where=='disk' else None, why, differs)
 
-# %% ../../nbs/data/image_cache.ipynb #2b78cdb1
+# %% ../../nbs/data/image_cache.ipynb #03650aef
 _channels = dict(L=1, RGB=3, RGBA=4)
 
 class Kind:
@@ -102,10 +102,17 @@ class Kind:
         "What is stored of a picture"
         return stored_part(self.f, wh, self.train, self.img_cls, self.size)
 
-    def shape(self, part):
-        "Of its pixels, `(c,h,w)`"
+    @property
+    def channels(self)->int:
+        "Of each picture"
+        return _channels[self.mode]
+
+    def shape(self,
+        part, # `Part`
+    )->tuple: # `(c,h,w)`
+        "Size of the pixels of a part"
         w,h = part.to
-        return _channels[self.mode],h,w
+        return self.channels,h,w
 
     def make(self,
         file:str, # Of the picture
@@ -250,7 +257,7 @@ class ImageCache:
         with ThreadPoolExecutor(max(1, defaults.cpus)) as pool:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
-# %% ../../nbs/data/image_cache.ipynb #8f75151c
+# %% ../../nbs/data/image_cache.ipynb #a117917c
 def _plain_opener(img_cls): return mk_transform(img_cls.create)
 
 class OpenStored(Transform):
