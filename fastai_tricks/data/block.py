@@ -33,6 +33,11 @@ def _augmented(block, augs, hw):
     block.item_tfms = L(augs(h if h==w else hw), *kept)
     block.batch_tfms = L(f for f in block.batch_tfms if isinstance(f, (IntToFloatTensor,Normalize)))
 
+def _at_items(block):
+    "Tell what opens images from a cache what is done with them now"
+    block.type_tfms = L(L(f.for_items(block.item_tfms) if hasattr(f, 'for_items') else f for f in L(fs)) for fs in block.type_tfms)
+    return block
+
 def block_with(
     dblock:DataBlock, # Stays as it is
     size:int=None, # Images with a shorter side of `size` pixels; crops in proportion
@@ -50,4 +55,4 @@ def block_with(
     if size is not None:
         ratio = (size/min(hw),)*2
         block.item_tfms,block.batch_tfms = L(at_ratio(block.item_tfms, ratio)),L(at_ratio(block.batch_tfms, ratio))
-    return block
+    return _at_items(block)

@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/image_cache.html.md"""
 # %% auto #0
 __all__ = ['Slot', 'CachePlan', 'plan_cache', 'Kind', 'ImageCache', 'OpenStored']
 
-# %% ../../nbs/data/image_cache.ipynb #74c4e706
+# %% ../../nbs/data/image_cache.ipynb #fb6e6873
 import os, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
 
-# %% ../../nbs/data/image_cache.ipynb #08a93605
+# %% ../../nbs/data/image_cache.ipynb #7ea30a72
 _share = .8 # Of the free memory, at most: a training needs some too
 
 def _size_text(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{max(n, 1e5)/1e6:.1f} MB'
@@ -73,7 +73,7 @@ def plan_cache(
         check_arg(nbytes<=disk, 'folder', str(folder), f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free')
     return CachePlan(images, tuple(largest), nbytes, where, memory if where=='memory' else disk, str(folder) if where=='disk' else None, why, differs)
 
-# %% ../../nbs/data/image_cache.ipynb #03650aef
+# %% ../../nbs/data/image_cache.ipynb #1faac688
 _channels = dict(L=1, RGB=3, RGBA=4)
 
 class Kind:
@@ -170,6 +170,13 @@ class ImageCache:
         slot = self.slots.get(kind.name, {}).get(_key(file))
         return slot if slot is not None and slot.stat==_stat(file) else None
 
+    def knows(self,
+        kinds:list, # `Kind`s
+        file:str|Path,
+    )->bool:
+        "Is or was a file stored?"
+        return any(_key(file) in self.slots.get(k.name, ()) for k in kinds)
+
     # Which are missing
 
     def _missing(self, kind, files):
@@ -219,10 +226,11 @@ class ImageCache:
     def _plan(self, todo):
         "Of `[(kind, rows)]`"
         shapes = np.array([k.shape(p) for k,rows in todo for p in self._parts(k, rows)], dtype=np.int64)
+        nbytes = shapes.prod(axis=1)
         random = any(k.train and any(p.to!=p.sz for p in self._parts(k, rows)) for k,rows in todo)
         differs = 'random crops are cut out of small pictures, within half a pixel of those of the file; all else is the same' if random else ''
         there = next(o for o in (self.folder,*self.folder.parents) if o.exists())
-        return plan_cache(len(shapes), shapes.max(axis=0)[:0:-1].tolist(), int(shapes.prod(axis=1).sum()), self.where,
+        return plan_cache(len(shapes), shapes[nbytes.argmax()][:0:-1].tolist(), int(nbytes.sum()), self.where,
             memory=free_memory(), disk=shutil.disk_usage(there).free, folder=self.folder, processes=num_distrib() or 1, differs=differs)
 
     def add(self,
@@ -257,7 +265,7 @@ class ImageCache:
         with ThreadPoolExecutor(max(1, defaults.cpus)) as pool:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
-# %% ../../nbs/data/image_cache.ipynb #a117917c
+# %% ../../nbs/data/image_cache.ipynb #9fefc83a
 def _plain_opener(img_cls): return mk_transform(img_cls.create)
 
 class OpenStored(Transform):
@@ -320,7 +328,7 @@ class OpenStored(Transform):
         return self.kinds[1 if split_idx else 0]
 
     def _tell(self, file):
-        if file in self.told or _key(file) not in self.cache.slots.get(self.kind().name, {}): return
+        if file in self.told or not self.cache.knows(self.kinds, file): return
         self.told.add(file)
         warn(f'cached: {short_path(file)!r} has changed since the loaders were made; it is read from the file. Make them again to store it')
 
