@@ -7,14 +7,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/cache.html.md"""
 # %% auto #0
 __all__ = ['cached']
 
-# %% ../../nbs/data/cache.ipynb #cd913dbd
+# %% ../../nbs/data/cache.ipynb #5fe3611f
 from fastai.vision.all import *
 from ..core.checks import check_arg
 from .image_cache import ImageCache, OpenStored
 from .indexed import by_index
 from .items import rebind
 
-# %% ../../nbs/data/cache.ipynb #6570b100
+# %% ../../nbs/data/cache.ipynb #4d71286f
 def _opened_class(f):
     "The class that a type transform opens files as; None where it opens none"
     if isinstance(f, OpenStored): return f.img_cls

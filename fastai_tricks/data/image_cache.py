@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/image_cache.html.md"""
 # %% auto #0
 __all__ = ['Slot', 'CachePlan', 'plan_cache', 'Kind', 'ImageCache', 'OpenStored']
 
-# %% ../../nbs/data/image_cache.ipynb #fb6e6873
+# %% ../../nbs/data/image_cache.ipynb #9487429b
 import os, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
 
-# %% ../../nbs/data/image_cache.ipynb #7ea30a72
+# %% ../../nbs/data/image_cache.ipynb #a8fc4ec0
 _share = .8 # Of the free memory, at most: a training needs some too
 
 def _size_text(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{max(n, 1e5)/1e6:.1f} MB'
@@ -73,7 +73,7 @@ def plan_cache(
         check_arg(nbytes<=disk, 'folder', str(folder), f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free')
     return CachePlan(images, tuple(largest), nbytes, where, memory if where=='memory' else disk, str(folder) if where=='disk' else None, why, differs)
 
-# %% ../../nbs/data/image_cache.ipynb #1faac688
+# %% ../../nbs/data/image_cache.ipynb #62e861ed
 _channels = dict(L=1, RGB=3, RGBA=4)
 
 class Kind:
@@ -164,9 +164,10 @@ class ImageCache:
 
     def slot(self,
         kind:Kind,
-        file:str|Path,
+        file, # An item that is no file has none
     )->Slot: # None where it is not stored, or not as the file is now
         "Where the pixels of a file are"
+        if not isinstance(file, (str,Path)): return None
         slot = self.slots.get(kind.name, {}).get(_key(file))
         return slot if slot is not None and slot.stat==_stat(file) else None
 
@@ -237,13 +238,14 @@ class ImageCache:
         wanted:list, # `[(kind, files)]`
     ):
         "Make room for files that are not stored yet, or have changed; a line says where and how much"
+        if self.where=='disk': check_writable(self.folder, 'folder')
         with self._lock():
             if self.where!='memory':
                 for kind,_ in wanted: self.slots.get(kind.name) or self._read(kind)
             todo = [(k,rows) for k,rows in ((k,self._missing(k, files)) for k,files in wanted) if rows]
             if todo:
                 plan = self._plan(todo)
-                if plan.where=='disk': check_writable(self.folder, 'folder')
+                if self.where=='auto' and plan.where=='disk': check_writable(self.folder, 'folder')
                 if is_main(): print(plan, flush=True)
                 for kind,rows in todo: self._store(kind, rows, plan.where)
                 self.plans.append(plan)
@@ -265,9 +267,7 @@ class ImageCache:
         with ThreadPoolExecutor(max(1, defaults.cpus)) as pool:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
-# %% ../../nbs/data/image_cache.ipynb #9fefc83a
-def _plain_opener(img_cls): return mk_transform(img_cls.create)
-
+# %% ../../nbs/data/image_cache.ipynb #2c021932
 class OpenStored(Transform):
     "Open files as `img_cls` does, with pixels from a cache"
     input_types = Path,str,Tensor,ndarray,bytes,Image.Image
@@ -287,7 +287,7 @@ class OpenStored(Transform):
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
     # A Learner that is saved opens files as ever
-    def __reduce__(self): return (_plain_opener,(self.img_cls,)) if get_spawning_popen() is None else object.__reduce_ex__(self, 2)
+    def __reduce__(self): return (mk_transform,(self.img_cls.create,)) if get_spawning_popen() is None else (object.__new__,(OpenStored,),vars(self))
 
     def for_items(self,
         item_tfms:list, # Other ones

@@ -7,8 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/indexed.html.md"""
 # %% auto #0
 __all__ = ['Rows', 'rows_of', 'ByIndex', 'by_index']
 
-# %% ../../nbs/data/indexed.ipynb #3489d3c2
-import copyreg
+# %% ../../nbs/data/indexed.ipynb #20a2d148
 from functools import lru_cache
 from multiprocessing.context import get_spawning_popen
 from torch.utils.data import get_worker_info
@@ -18,7 +17,7 @@ from ..core.learner import keep_random
 from .image_cache import OpenStored
 from .stored import asked_part, crops_at_random, sizing, whole_pixels
 
-# %% ../../nbs/data/indexed.ipynb #c4b7c933
+# %% ../../nbs/data/indexed.ipynb #84c25483
 _by_fastai = 'create_item','create_batch','do_batch','retain'
 
 def _is_plain(dl):
@@ -44,7 +43,7 @@ def _is_stored(dl, openers):
     def text(f): return f and transform_text(f)
     return all(text(o.f)==text(f) for o in openers)
 
-# %% ../../nbs/data/indexed.ipynb #0ff6e709
+# %% ../../nbs/data/indexed.ipynb #0ac070ff
 def _labels(tl):
     "Of all items; [] where they cannot be a part of a batch as they are"
     if not len(tl) or any(isinstance(f, OpenStored) for f in tl.tfms.fs) or not isinstance(tl[0], Tensor): return []
@@ -129,7 +128,7 @@ class _Images:
             out[k] = self.buffers[b].get(i)[:, y:y+h, x:x+w]
         return res
 
-# %% ../../nbs/data/indexed.ipynb #80178343
+# %% ../../nbs/data/indexed.ipynb #f9d9805f
 class Rows:
     "Batches of a loader, by index"
     def __init__(self, dl, labels):
@@ -174,7 +173,7 @@ def rows_of(
     labels = [None if _opener(tl) else _labels(tl) for tl in dl.dataset.tls]
     return None if [] in labels else Rows(dl, labels)
 
-# %% ../../nbs/data/indexed.ipynb #4ec6cf5c
+# %% ../../nbs/data/indexed.ipynb #a72f8153
 class ByIndex:
     "Goes before a loader class of fastai's: `by_index` makes such classes"
     _rows = _rows_for = None
@@ -205,7 +204,7 @@ class ByIndex:
     # A loader that is saved is that of fastai
     def __reduce_ex__(self, protocol):
         if get_spawning_popen() is not None: return _new_by_index,(self.plain,),vars(self)
-        return copyreg.__newobj__,(self.plain,),{k:v for k,v in vars(self).items() if not k.startswith('_rows')}
+        return object.__new__,(self.plain,),{k:v for k,v in vars(self).items() if not k.startswith('_rows')}
 
 def _new_by_index(plain): return object.__new__(by_index(plain))
 

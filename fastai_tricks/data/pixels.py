@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/pixels.html.md"""
 # %% auto #0
 __all__ = ['free_memory', 'PixelBuffer']
 
-# %% ../../nbs/data/pixels.ipynb #9713aceb
+# %% ../../nbs/data/pixels.ipynb #ef2acdb9
 import mmap, os, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import context
@@ -15,7 +15,7 @@ from multiprocessing.reduction import DupFd
 from fastai.vision.all import *
 from ..core.files import write_whole
 
-# %% ../../nbs/data/pixels.ipynb #8699cc2c
+# %% ../../nbs/data/pixels.ipynb #7e36d368
 def _number(file):
     "What a file of the system says; None where it is not there or says 'max'"
     try: return int(Path(file).read_text())
@@ -35,7 +35,7 @@ def free_memory()->int: # Bytes; None where the system does not say
     left = _left_in_group()
     return available if left is None else max(0, min(available, left))
 
-# %% ../../nbs/data/pixels.ipynb #a44c16c0
+# %% ../../nbs/data/pixels.ipynb #1f620b5b
 _page = 4096
 
 def _anonymous(n):

@@ -1,0 +1,331 @@
+"`cached`: the same pictures, one buffer, nothing left behind, never an old picture"
+import os, pickle, re, shutil, signal, time, traceback, warnings
+import multiprocessing as mp
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, L, MaskBlock, PILImage, PILImageBW, RandomResizedCrop,
+                               Resize, ResizeMethod, ToTensor, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
+import fastai.callback.data # noqa: F401 - weighted_dataloaders
+from fastai_tricks.all import PILImageDraft, ProgressiveResize, block_with, cached, climb, cross_validate, skip_corrupt
+from fastai_tricks.core.test_utils import sizes_seen, tiny_learner
+from fastai_tricks.data.image_cache import ImageCache, Kind
+from fastai_tricks.data.pixels import PixelBuffer
+from fastai_tricks.data.sample import sample_images
+
+VALID = [0,1,6,7]
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Twelve photos of two classes, of several sizes"
+    d,res = tmp_path_factory.mktemp('photos'),[]
+    for i,f in enumerate(sorted(get_image_files(sample_images()))[::80][:12]):
+        to = d/'ab'[i//6]/f'{i}.jpg'
+        to.parent.mkdir(exist_ok=True)
+        Image.open(f).convert('RGB').resize((120+10*i, 200-9*i)).save(to, quality=90)
+        res.append(to)
+    return res
+
+def make_block(item_tfms, cls=PILImage, **kwargs):
+    return DataBlock((ImageBlock(cls),CategoryBlock), get_y=parent_label, splitter=IndexSplitter(VALID), item_tfms=item_tfms, **kwargs)
+
+def loaders(block, files, **kwargs): return block.dataloaders(files, **{'bs':4, 'num_workers':0, 'device':'cpu', **kwargs})
+
+def epoch(dl, seed=0):
+    set_seed(seed)
+    dl.rng.seed(seed)
+    return list(dl)
+
+def same(a, b):
+    return len(a)==len(b) and all(type(x) is type(u) and torch.equal(x, u) for one,other in zip(a, b) for x,u in zip(one, other))
+
+def opener(dls): return dls.train_ds.tls[0].tfms.fs[-1]
+def buffers(dls): return {id(s.buffer):s.buffer for slots in opener(dls).cache.slots.values() for s in slots.values()}.values()
+
+# The same pictures -----------------------------------------------------------------------------------------------------------------
+
+EXACT = [Resize(64), Resize((48,80)), Resize(64, ResizeMethod.Squish), Resize(64, ResizeMethod.Pad, pad_mode='zeros'), Resize(150), RandomResizedCrop(64, min_scale=.3),
+         [CropPad(90), Resize(64)], [FlipItem(), Resize(64)], [Resize(80), CropPad(64)]]
+
+@pytest.mark.parametrize('cls', [PILImage, PILImageDraft, PILImageBW])
+@pytest.mark.parametrize('f', EXACT, ids=str)
+def test_validation_is_the_same_to_the_bit(files, f, cls):
+    a,b = loaders(make_block(f, cls), files),loaders(cached(make_block(f, cls)), files)
+    for _ in range(3): assert same(epoch(a.valid), epoch(b.valid))
+    assert same(epoch(a.valid), epoch(a.valid.new())) and same(epoch(a.valid), epoch(b.valid.new()))
+
+@pytest.mark.parametrize('f', [Resize(64, ResizeMethod.Squish), [CropPad(90), Resize(64, ResizeMethod.Squish)], CropPad(64), Resize(400)], ids=str)
+def test_training_without_a_smaller_picture_is_the_same(files, f):
+    a,b = loaders(make_block(f), files),loaders(cached(make_block(f)), files)
+    for seed in range(3): assert same(epoch(a.train, seed), epoch(b.train, seed))
+
+@pytest.mark.parametrize('f', [Resize(64), RandomResizedCrop(64, min_scale=.3), [FlipItem(), Resize(64)], [DihedralItem(), RandomResizedCrop((64,48))]], ids=str)
+def test_random_crops_are_where_they_would_be(files, f):
+    # Photos that are smooth: a part of a pixel beside it is nearly the same then, another place is not
+    smooth = [f.with_name(f'smooth{f.name}') for f in files]
+    for i,to in enumerate(smooth):
+        noise = np.random.default_rng(i).integers(0, 255, (6,5,3), dtype=np.uint8)
+        Image.fromarray(noise).resize(Image.open(files[i]).size, Image.BICUBIC).save(to, quality=98)
+    a,b = loaders(make_block(f), smooth),loaders(cached(make_block(f)), smooth)
+    off = [[(x-u).abs().mean().item() for (x,y),(u,v) in zip(epoch(a.train, seed), epoch(b.train, seed), strict=True)] for seed in range(3)]
+    assert max(map(max, off))<.02
+    other = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(a.train, 1), epoch(b.train, 2))]
+    assert min(other)>.05
+
+def test_items_one_by_one_and_by_index_are_the_same(files):
+    for f in (Resize(64), Resize(64, ResizeMethod.Squish), RandomResizedCrop(64)):
+        dls = loaders(cached(make_block(f)), files)
+        for dl in dls: epoch(dl) # Fills
+        rows = [epoch(dl, 3) for dl in dls]
+        for dl in dls: dl.before_batch.fs.append(ToTensor()) # Something that batches by index know nothing of
+        for dl,was in zip(dls, rows): assert same(epoch(dl, 3), was)
+
+def test_masks_and_several_images(files, tmp_path):
+    for i,f in enumerate(files): Image.fromarray(np.random.default_rng(i).integers(0, 5, Image.open(f).size[::-1], dtype=np.uint8)).save(tmp_path/f'{f.stem}.png')
+    def mask(f): return tmp_path/f'{f.stem}.png'
+    for f in (Resize(64), RandomResizedCrop(64, min_scale=.5), Resize(64, ResizeMethod.Squish)):
+        block = DataBlock((ImageBlock,ImageBlock,MaskBlock), n_inp=2, get_x=[lambda f: f,lambda f: f], get_y=mask, splitter=IndexSplitter(VALID), item_tfms=f)
+        a,b = loaders(block, files),loaders(cached(block), files)
+        for _ in range(2): assert same(epoch(a.valid), epoch(b.valid))
+        for x,u,m in epoch(b.train, 1) + epoch(b.train, 2):
+            assert torch.equal(x, u) and set(m.unique().tolist())<=set(range(5))
+
+def test_loaders_that_are_there(files):
+    folder = files[0].parent.parent
+    def make(): return ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=1, item_tfms=Resize(64), bs=4, num_workers=0, device='cpu')
+    a,b = make(),make()
+    assert cached(b) is b
+    for _ in range(2): assert same(epoch(a.valid), epoch(b.valid))
+    assert any(o.filled.all() for o in buffers(b))
+
+# Workers, processes ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('persistent', [False,True])
+def test_workers_fill_one_buffer(files, persistent):
+    a = loaders(make_block(Resize(64, ResizeMethod.Squish)), files)
+    b = loaders(cached(make_block(Resize(64, ResizeMethod.Squish))), files, num_workers=2, persistent_workers=persistent)
+    for seed in range(3): assert same(epoch(a.valid, seed), epoch(b.valid, seed))
+    assert same([o for o in epoch(a.train.new(shuffle=False))], [o for o in epoch(b.train.new(shuffle=False))])
+    assert [o.filled.all() for o in buffers(b)]==[True] # What workers stored is seen here
+
+def label(f): return Path(f).parent.name
+
+def test_spawned_workers(files):
+    method = mp.get_start_method()
+    block = DataBlock((ImageBlock,CategoryBlock), get_y=label, splitter=IndexSplitter(VALID), item_tfms=Resize(64))
+    a,b = loaders(block, files),loaders(cached(block), files, num_workers=1)
+    mp.set_start_method('spawn', force=True)
+    try: assert same(epoch(a.valid), epoch(b.valid))
+    finally: mp.set_start_method(method, force=True)
+    assert opener(b).cache.slot(opener(b).kinds[1], files[0]).buffer.filled.all()
+
+def pss(pid):
+    "Bytes of the buffer that belong to a process"
+    return sum(1024*int(o) for o in re.findall(r'memfd:fastai_tricks.*?\nPss:\s+(\d+) kB', Path(f'/proc/{pid}/smaps').read_text().replace('\nSize', ' Size')
+               .replace('\nRss', ' Rss').replace('\nKernelPageSize', ' K').replace('\nMMUPageSize', ' M')))
+
+def forked(f, *args):
+    "A process of its own group that calls `f`"
+    pid = os.fork()
+    if pid: return pid
+    try:
+        os.setsid()
+        f(*args)
+    except BaseException: os.write(2, traceback.format_exc().encode())
+    finally: os._exit(0)
+
+def test_memory_of_one_buffer_whatever_the_number_of_processes():
+    n,base = 16*2**20,pss(os.getpid()) # Other tests may have left some
+    buf,(r,w) = PixelBuffer([(1,2**20,1)]*16),os.pipe()
+    def read():
+        for i in range(16): buf.get(i).sum()
+        os.write(w, b'.')
+        time.sleep(60)
+    for i in range(16): buf.put(i, np.ones((1,2**20,1), dtype=np.uint8))
+    pids = [forked(read) for _ in range(3)]
+    try:
+        for _ in pids: os.read(r, 1)
+        assert .9*n<sum(map(pss, [os.getpid(),*pids]))-base<1.1*n
+    finally:
+        for p in pids: os.kill(p, signal.SIGKILL); os.waitpid(p, 0)
+
+def test_nothing_is_left_behind_by_a_killed_process(files, tmp_path):
+    was,(r,w) = set(os.listdir('/dev/shm')),os.pipe()
+    def train():
+        dls = loaders(cached(make_block(Resize(64))), files, num_workers=2, bs=2)
+        for _ in range(2): first(dls.train)
+        it = iter(dls.train)
+        next(it)
+        os.write(w, b'.')
+        time.sleep(60)
+    pid = forked(train)
+    assert os.read(r, 1)==b'.'
+    assert set(os.listdir('/dev/shm'))==was or all('fastai_tricks' not in o for o in os.listdir('/dev/shm'))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    end = time.time()+60
+    def others(): # Workers, which see that their parent is gone
+        res = []
+        for p in filter(str.isdigit, os.listdir('/proc')):
+            try:
+                if os.getpgid(int(p))==pid and 'Z' not in Path(f'/proc/{p}/stat').read_text().split()[2]: res.append(p)
+            except OSError: pass
+        return res
+    while others() and time.time()<end: time.sleep(.2)
+    assert not others() and not [o for o in set(os.listdir('/dev/shm'))-was if 'fastai_tricks' in o]
+
+# On disk ---------------------------------------------------------------------------------------------------------------------------
+
+def test_killed_while_it_fills_it_goes_on(files, tmp_path):
+    a = loaders(make_block(Resize(64)), files)
+    def make(): return loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'px'), files)
+    def fill():
+        b,count,put = make(),[0],PixelBuffer.put
+        def dies(self, i, pixels):
+            count[0] += 1
+            if count[0]==3: # In the middle of an image
+                self._at(i)[:50] = 1
+                os.kill(os.getpid(), signal.SIGKILL)
+            put(self, i, pixels)
+        PixelBuffer.put = dies
+        epoch(b.valid)
+    pid = forked(fill)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1])==signal.SIGKILL
+    b = make()
+    assert sum(int(o.filled.sum()) for o in buffers(b))==3 # fastai looked at the first training image
+    for _ in range(2): assert same(epoch(a.valid), epoch(b.valid))
+
+def test_a_second_notebook_decodes_nothing(files, tmp_path, monkeypatch):
+    def make(): return loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'px', fill=True), files)
+    was = epoch(make().valid)
+    b = make()
+    monkeypatch.setattr(Kind, 'make', None)
+    assert same(epoch(b.valid), was)
+    # A power cut, or a disk that forgets
+    file = next((tmp_path/'px').glob('*valid*/*/pixels'))
+    monkeypatch.undo()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    b = loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'px'), files)
+    assert sorted(len(o)-int(o.filled.sum()) for o in buffers(b))==[0,1]
+    assert same(epoch(b.valid), was)
+
+def test_other_settings_have_their_own_place(files, tmp_path):
+    for f in (Resize(64), Resize(48)):
+        b = loaders(cached(make_block(f), where='disk', folder=tmp_path/'px', fill=True), files)
+        assert same(epoch(b.valid), epoch(loaders(make_block(f), files).valid))
+    assert len(list((tmp_path/'px').glob('*/000/index.json')))==4
+
+@pytest.mark.parametrize('where', ['memory','disk'])
+def test_changed_files_are_never_served(files, tmp_path, where):
+    own = [Path(shutil.copy(f, tmp_path/f.name)) for f in files]
+    block = cached(DataBlock((ImageBlock,CategoryBlock), get_y=lambda f: 'a', splitter=IndexSplitter(VALID), item_tfms=Resize(64, ResizeMethod.Squish)), where=where, folder=tmp_path/'px')
+    b = loaders(block, own)
+    was = [epoch(b.valid) for _ in range(2)][1]
+    stat = own[1].stat()
+    shutil.copy(files[9], own[1]) # Of another size
+    os.utime(own[7]) # Of another time
+    with pytest.warns(UserWarning, match='1.jpg.* has changed'): now = epoch(b.valid)
+    assert [torch.equal(x, u) for x,u in zip(was[0][0], now[0][0])]==[True,False,True,True]
+    assert torch.equal((now[0][0][1]*255).round().byte(), tensor(Resize(64, ResizeMethod.Squish)(PILImage.create(files[9]))).permute(2,0,1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for dls in (loaders(block, own),loaders(block, own)): assert same(epoch(dls.valid), now)
+    assert stat.st_size!=own[1].stat().st_size
+
+def test_room_is_asked_for_before(files, tmp_path, monkeypatch):
+    monkeypatch.setattr('fastai_tricks.data.image_cache.free_memory', lambda: 10_000)
+    with pytest.raises(ValueError, match="`where` must be 'disk', or `size` smaller: the pictures need"): loaders(cached(make_block(Resize(64)), where='memory'), files)
+    b = loaders(cached(make_block(Resize(64)), folder=tmp_path/'px'), files)
+    plan, = opener(b).cache.plans
+    assert (plan.where,plan.images,plan.why)==('disk',12,'memory has 0.1 MB free')
+    monkeypatch.setattr('fastai_tricks.data.image_cache.shutil.disk_usage', lambda p: shutil._ntuple_diskusage(0, 0, 10))
+    with pytest.raises(ValueError, match='`folder` must be on a disk with room'): loaders(cached(make_block(Resize(64)), folder=tmp_path/'px2'), files)
+    assert not (tmp_path/'px2').exists()
+
+# With the others -------------------------------------------------------------------------------------------------------------------
+
+def fit_once(learn): learn.fit(1)
+def tiny(dls):
+    res = tiny_learner(dls)
+    res.model[-1] = torch.nn.Linear(8, dls.c)
+    return res
+
+def test_folds_share_a_cache(files, tmp_path):
+    block = cached(make_block(Resize(32), batch_tfms=aug_transforms()))
+    kwargs = dict(fit=fit_once, n_splits=3, num_workers=0, device='cpu', bs=4)
+    cross_validate(tiny, block, files, out=tmp_path/'cv', **kwargs)
+    cache = opener(loaders(block, files)).cache
+    n = [len(o) for o in cache.slots.values()]
+    assert n==[12,12] and sum(p.images for p in cache.plans)==24 # Each once to train on, once to validate
+    climb(tiny, block, files, rungs=[(2,48)], out=tmp_path/'climb', **kwargs)
+    assert sum(p.images for p in cache.plans)==48 # At another size others
+
+def test_other_sizes_of_the_block(files):
+    block = cached(make_block(Resize(96), batch_tfms=aug_transforms()))
+    a,b = loaders(make_block(Resize(48), batch_tfms=aug_transforms()), files),loaders(block_with(block, size=48), files)
+    assert opener(b).cache is opener(loaders(block, files)).cache
+    for _ in range(2): assert torch.equal(epoch(a.valid)[0][0], epoch(b.valid)[0][0])
+
+def test_progressive_resize_cuts_from_the_same_buffer(files, monkeypatch):
+    dls = loaders(cached(make_block(Resize(64)), fill=True), files)
+    def decodes(*args): raise AssertionError('decoded again')
+    monkeypatch.setattr(Kind, 'make', decodes)
+    monkeypatch.setattr(PILImage, 'create', decodes)
+    learn = tiny_learner(dls, cbs=ProgressiveResize(mult=16))
+    with sizes_seen(learn) as seen: learn.fit(3)
+    assert {o[1] for o in seen if o[0]}=={32,48,64} and {o[1] for o in seen if not o[0]}=={64}
+
+@pytest.mark.parametrize('first', ['cached','skip'])
+def test_corrupt_images(files, tmp_path, first):
+    own = [Path(shutil.copy(f, tmp_path/f'{f.parent.name}{f.name}')) for f in files]
+    own[2].write_text('no photo')
+    own[8].write_bytes(own[8].read_bytes()[:-300])
+    block = DataBlock((ImageBlock,CategoryBlock), get_y=lambda f: f.name[0], splitter=IndexSplitter(VALID), item_tfms=Resize(32))
+    both = skip_corrupt(cached(block), max_share=.5) if first=='cached' else cached(skip_corrupt(block, max_share=.5), fill=True)
+    learn = tiny_learner(loaders(both, own))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    assert {Path(f).name for f in learn.corrupt_images['file']}=={own[2].name,own[8].name}
+    assert opener(learn.dls).cache.slots, 'nothing was cached'
+
+def test_new_images_and_saved_learners(files, tmp_path):
+    new = [Path(shutil.copy(files[3], tmp_path/'new.jpg')),files[0]]
+    a,b = (tiny_learner(loaders(make(make_block(Resize(64))), files)) for make in (lambda o: o, cached))
+    b.model.load_state_dict(a.model.state_dict())
+    assert same(list(a.dls.test_dl(new)), list(b.dls.test_dl(new)))
+    b.path = tmp_path
+    b.export('b.pkl')
+    c = load_learner(tmp_path/'b.pkl')
+    assert type(c.dls.train).__module__=='fastai.data.core' and type(c.dls.train_ds.tls[0].tfms.fs[0]).__module__.startswith('fasttransform')
+    with a.no_bar(), c.no_bar(): assert all(torch.equal(a.predict(o)[2], l.predict(o)[2]) for l in (b,c) for o in (new[0],files[0]))
+    assert torch.equal(b.predict(b.dls.valid_ds[0][0])[2], a.predict(files[0])[2])
+    with pytest.raises(TypeError, match='cannot be saved'): pickle.dumps(next(iter(buffers(b.dls))))
+
+def test_weighted_loaders(files):
+    wgts = np.array([1.,0]*6)
+    dls = cached(make_block(Resize(64))).weighted_dataloaders(files, wgts, bs=4, num_workers=0, device='cpu')
+    for x,y in dls.train: assert x.shape==(4,3,64,64)
+    assert any(o.filled.any() for o in buffers(dls))
+
+def test_training_images_are_evaluated_as_they_are(files):
+    "Whoever evaluates training images gets those of validation, not of random crops"
+    a,b = (tiny_learner(loaders(make(make_block(Resize(64))), files)) for make in (lambda o: o, cached))
+    b.model.load_state_dict(a.model.state_dict())
+    for learn in (a,b): learn.dls.train.drop_last = False
+    for learn in (a,b):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=0)
+    b.model.load_state_dict(a.model.state_dict())
+    with a.no_bar(), b.no_bar(), a.dls.train_ds.set_split_idx(1), b.dls.train_ds.set_split_idx(1): assert torch.equal(a.get_preds(ds_idx=0)[0], b.get_preds(ds_idx=0)[0])
+
+# Bad input -------------------------------------------------------------------------------------------------------------------------
+
+def test_bad_input(files, tmp_path):
+    with pytest.raises(ValueError, match="`item_tfms` must make images one size, as with Resize.224.: 'a/2.jpg' has 140×182 px"): loaders(cached(make_block(None)), files)
+    with pytest.raises(ValueError, match="`where` must be 'auto', 'memory' or 'disk', not 'ram'"): cached(make_block(Resize(64)), where='ram')
+    with pytest.raises(ValueError, match='`size` must be a positive integer or None, not 0'): cached(make_block(Resize(64)), size=0)
+    with pytest.raises(ValueError, match='`data` must be a `DataBlock` or `DataLoaders`'): cached(files)
+    class Deep(PILImage): _open_args = {'mode':'I;16'}
+    with pytest.raises(ValueError, match="opened as one of .'L', 'RGB', 'RGBA'.*, not \"Deep with mode 'I;16'"): cached(make_block(Resize(64), Deep))
+    (tmp_path/'file').touch()
+    with pytest.raises(ValueError, match='`folder` must be a folder that can be written to'): loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'file'), files)
+    with pytest.raises(ValueError, match="loaders that one of fastai's made"): cached(DataLoaders(torch.utils.data.DataLoader([1]), torch.utils.data.DataLoader([1])))
