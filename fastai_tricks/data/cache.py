@@ -7,14 +7,14 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/cache.html.md"""
 # %% auto #0
 __all__ = ['cached']
 
-# %% ../../nbs/data/cache.ipynb #5fe3611f
+# %% ../../nbs/data/cache.ipynb #bfd84319
 from fastai.vision.all import *
 from ..core.checks import check_arg
 from .image_cache import ImageCache, OpenStored
 from .indexed import by_index
 from .items import rebind
 
-# %% ../../nbs/data/cache.ipynb #4d71286f
+# %% ../../nbs/data/cache.ipynb #51de610f
 def _opened_class(f):
     "The class that a type transform opens files as; None where it opens none"
     if isinstance(f, OpenStored): return f.img_cls
@@ -36,7 +36,8 @@ def _opens_at(tl):
     o = L(tl.items, use_list=None)[0]
     for j,f in enumerate(tl.tfms.fs):
         was,o = o,f(o, split_idx=tl.split_idx)
-        if isinstance(was, (str,Path)) and isinstance(o, PILBase) and f.name.endswith('.create'): return j,getattr(type(o), 'plain', type(o))
+        opens = isinstance(was, (str,Path)) and isinstance(o, PILBase) and f.name.endswith('.create')
+        if opens: return j,getattr(type(o), 'plain', type(o))
 
 def _cache_list(tls, item_tfms, cache):
     "Replace what opens files in the training's `TfmdLists` and the others; False where none does"

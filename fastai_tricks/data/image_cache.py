@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/image_cache.html.md"""
 # %% auto #0
 __all__ = ['Slot', 'CachePlan', 'plan_cache', 'Kind', 'ImageCache', 'OpenStored']
 
-# %% ../../nbs/data/image_cache.ipynb #9487429b
+# %% ../../nbs/data/image_cache.ipynb #5d47672c
 import os, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
 
-# %% ../../nbs/data/image_cache.ipynb #a8fc4ec0
+# %% ../../nbs/data/image_cache.ipynb #74ef8789
 _share = .8 # Of the free memory, at most: a training needs some too
 
 def _size_text(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{max(n, 1e5)/1e6:.1f} MB'
@@ -70,10 +70,12 @@ def plan_cache(
         of = 'there' if memory is None else f'{_size_text(memory)} are free'
         check_arg(fits, 'where', where, f"'disk', or `size` smaller: the pictures need {need}, {of}")
     if where=='disk' and disk is not None:
-        check_arg(nbytes<=disk, 'folder', str(folder), f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free')
-    return CachePlan(images, tuple(largest), nbytes, where, memory if where=='memory' else disk, str(folder) if where=='disk' else None, why, differs)
+        accepted = f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free'
+        check_arg(nbytes<=disk, 'folder', str(folder), accepted)
+    free,folder = (memory,None) if where=='memory' else (disk,str(folder))
+    return CachePlan(images, tuple(largest), nbytes, where, free, folder, why, differs)
 
-# %% ../../nbs/data/image_cache.ipynb #62e861ed
+# %% ../../nbs/data/image_cache.ipynb #99e52322
 _channels = dict(L=1, RGB=3, RGBA=4)
 
 class Kind:
@@ -84,10 +86,12 @@ class Kind:
         train:bool=False, # For training (else for validation)
         size:int=None, # Shorter side of what random crops are cut from, pixels
     ):
-        self.img_cls,self.f,self.train = img_cls,f,train and crops_at_random(f)
+        self.img_cls,self.f = img_cls,f
+        self.train = train and crops_at_random(f)
         self.size = size if self.train else None
         self.mode = img_cls._open_args.get('mode')
-        check_arg(self.mode in _channels, 'data', f'{img_cls.__name__} with mode {self.mode!r}', f'with images that are opened as one of {tuple(_channels)}')
+        given = f'{img_cls.__name__} with mode {self.mode!r}'
+        check_arg(self.mode in _channels, 'data', given, f'with images that are opened as one of {tuple(_channels)}')
 
     @property
     def name(self)->str:
@@ -229,10 +233,11 @@ class ImageCache:
         shapes = np.array([k.shape(p) for k,rows in todo for p in self._parts(k, rows)], dtype=np.int64)
         nbytes = shapes.prod(axis=1)
         random = any(k.train and any(p.to!=p.sz for p in self._parts(k, rows)) for k,rows in todo)
-        differs = 'random crops are cut out of small pictures, within half a pixel of those of the file; all else is the same' if random else ''
+        said = 'random crops are cut out of small pictures, within half a pixel of those of the file; all else is the same'
         there = next(o for o in (self.folder,*self.folder.parents) if o.exists())
         return plan_cache(len(shapes), shapes[nbytes.argmax()][:0:-1].tolist(), int(nbytes.sum()), self.where,
-            memory=free_memory(), disk=shutil.disk_usage(there).free, folder=self.folder, processes=num_distrib() or 1, differs=differs)
+            memory=free_memory(), disk=shutil.disk_usage(there).free, folder=self.folder,
+            processes=num_distrib() or 1, differs=said if random else '')
 
     def add(self,
         wanted:list, # `[(kind, files)]`
@@ -267,7 +272,7 @@ class ImageCache:
         with ThreadPoolExecutor(max(1, defaults.cpus)) as pool:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
-# %% ../../nbs/data/image_cache.ipynb #2c021932
+# %% ../../nbs/data/image_cache.ipynb #f0068070
 class OpenStored(Transform):
     "Open files as `img_cls` does, with pixels from a cache"
     input_types = Path,str,Tensor,ndarray,bytes,Image.Image
@@ -278,7 +283,8 @@ class OpenStored(Transform):
         cache:ImageCache, # Shared
     ):
         super().__init__()
-        self.img_cls,self.item_tfms,self.cache = img_cls,list(item_tfms),cache
+        self.img_cls,self.cache = img_cls,cache
+        self.item_tfms = list(item_tfms)
         self.f,self.told = sizing(item_tfms),set()
         self.kinds = [Kind(img_cls, self.f, train, cache.size) for train in (True,False)]
 
@@ -287,7 +293,9 @@ class OpenStored(Transform):
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
     # A Learner that is saved opens files as ever
-    def __reduce__(self): return (mk_transform,(self.img_cls.create,)) if get_spawning_popen() is None else (object.__new__,(OpenStored,),vars(self))
+    def __reduce__(self):
+        if get_spawning_popen() is None: return mk_transform,(self.img_cls.create,)
+        return object.__new__,(OpenStored,),vars(self)
 
     def for_items(self,
         item_tfms:list, # Other ones
@@ -319,7 +327,8 @@ class OpenStored(Transform):
         whs = {slots[f].wh:f for f in map(_key, files) if f in slots}
         if len(whs)<2: return
         (a,fa),(b,fb) = list(whs.items())[:2]
-        raise ValueError(f'`item_tfms` must make images one size, as with Resize(224): {short_path(fa)!r} has {a[0]}×{a[1]} px, {short_path(fb)!r} {b[0]}×{b[1]}')
+        differ = f'{short_path(fa)!r} has {a[0]}×{a[1]} px, {short_path(fb)!r} {b[0]}×{b[1]}'
+        raise ValueError(f'`item_tfms` must make images one size, as with Resize(224): {differ}')
 
     def kind(self,
         split_idx:int=None, # 0: training; 1: validation; None: not known
@@ -341,7 +350,8 @@ class OpenStored(Transform):
         if slot is None:
             self._tell(o)
             return self.img_cls.create(o)
-        stored = Stored(slot.wh, slot.part, partial(self.pixels, kind, o, slot), partial(self.img_cls.create, o), enlarge=kind.size is not None)
+        pixels,open = partial(self.pixels, kind, o, slot),partial(self.img_cls.create, o)
+        stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None)
         return stored_class(self.img_cls).of(stored, kind.mode)
 
     @staticmethod

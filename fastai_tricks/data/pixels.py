@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/pixels.html.md"""
 # %% auto #0
 __all__ = ['free_memory', 'PixelBuffer']
 
-# %% ../../nbs/data/pixels.ipynb #ef2acdb9
+# %% ../../nbs/data/pixels.ipynb #ddfffb04
 import mmap, os, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import context
@@ -15,7 +15,7 @@ from multiprocessing.reduction import DupFd
 from fastai.vision.all import *
 from ..core.files import write_whole
 
-# %% ../../nbs/data/pixels.ipynb #7e36d368
+# %% ../../nbs/data/pixels.ipynb #f3d5f51b
 def _number(file):
     "What a file of the system says; None where it is not there or says 'max'"
     try: return int(Path(file).read_text())
@@ -35,7 +35,7 @@ def free_memory()->int: # Bytes; None where the system does not say
     left = _left_in_group()
     return available if left is None else max(0, min(available, left))
 
-# %% ../../nbs/data/pixels.ipynb #1f620b5b
+# %% ../../nbs/data/pixels.ipynb #6e8d47c3
 _page = 4096
 
 def _anonymous(n):
@@ -101,8 +101,10 @@ class PixelBuffer:
 
     def __reduce__(self):
         if self.file is not None: return PixelBuffer,(self.shapes,self.file)
-        if context.get_spawning_popen() is None: raise TypeError('pixels in memory are shared with processes that are started here, and cannot be saved')
-        if self._fd is None: raise ValueError("workers that are spawned cannot share memory here: use where='disk', or num_workers=0")
+        if context.get_spawning_popen() is None:
+            raise TypeError('pixels in memory are shared with processes that are started here, and cannot be saved')
+        if self._fd is None:
+            raise ValueError("workers that are spawned cannot share memory here: use where='disk', or num_workers=0")
         return _shared,(self.shapes,DupFd(self._fd))
 
     def get(self,

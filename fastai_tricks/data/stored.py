@@ -1,4 +1,4 @@
-"""Which part of a picture must be kept so that the transforms give what they give without a cache, and an image that takes its pixels from there
+"""The part of a picture that must be kept, so that transforms give what they give without a cache, and an image made of it
 
 Docs: https://fastai-tricks.github.io/fastai_tricks/data/stored.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/stored.html.md"""
 __all__ = ['Part', 'asked_part', 'sizing', 'crops_at_random', 'stored_part', 'as_pixels', 'as_image', 'whole_pixels', 'cut',
            'Stored', 'StoredImage', 'stored_class']
 
-# %% ../../nbs/data/stored.ipynb #7e8d2d93
+# %% ../../nbs/data/stored.ipynb #0fb97426
 import copyreg
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pad as tvpad
 from fastai.vision.all import *
 from .draft import reduced_span
 
-# %% ../../nbs/data/stored.ipynb #539b9b02
+# %% ../../nbs/data/stored.ipynb #f60266e8
 @dataclass(frozen=True)
 class Part:
     "A part of a picture at some size"
@@ -63,7 +63,7 @@ def asked_part(
     try: copy(f)(im, split_idx=1)
     except _Asked as e: return e.args[0]
 
-# %% ../../nbs/data/stored.ipynb #cec5cc9e
+# %% ../../nbs/data/stored.ipynb #3cdde022
 # What looks at an image before it is cut, and needs none of its pixels
 _pixel_free = ToTensor,AddMaskCodes,FlipItem,DihedralItem,PointScaler,BBoxLabeler
 
@@ -105,7 +105,7 @@ def stored_part(
     to = tuple(max(1, min(o, math.ceil(round(o*s, 6)))) for o,s in zip(wh, scale))
     return Part.whole(wh, to, mode=part.mode)
 
-# %% ../../nbs/data/stored.ipynb #e41e7e25
+# %% ../../nbs/data/stored.ipynb #07cc2a43
 def as_pixels(
     im:Image.Image, # Of bytes
 )->np.ndarray: # `(c,h,w)`
@@ -151,7 +151,7 @@ def cut(
     if any(pad): im = tvpad(im, pad, padding_mode=_pad_modes[want.pad_mode])
     return im.resize(want.to, want.mode, box=(x.start, y.start, x.stop, y.stop))
 
-# %% ../../nbs/data/stored.ipynb #0a2cfa49
+# %% ../../nbs/data/stored.ipynb #c4ae507c
 _swaps = 2,4,5,6 # Of Pillow's ways to transpose those that swap width and height
 def _turned(a, method):
     "Pixels `(c,h,w)`, transposed as Pillow does it"

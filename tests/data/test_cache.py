@@ -3,12 +3,12 @@ import os, pickle, re, shutil, signal, time, traceback, warnings
 import multiprocessing as mp
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, L, MaskBlock, PILImage, PILImageBW, RandomResizedCrop,
+from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, MaskBlock, PILImage, PILImageBW, RandomResizedCrop,
                                Resize, ResizeMethod, ToTensor, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
 import fastai.callback.data # noqa: F401 - weighted_dataloaders
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, block_with, cached, climb, cross_validate, skip_corrupt
 from fastai_tricks.core.test_utils import sizes_seen, tiny_learner
-from fastai_tricks.data.image_cache import ImageCache, Kind
+from fastai_tricks.data.image_cache import Kind
 from fastai_tricks.data.pixels import PixelBuffer
 from fastai_tricks.data.sample import sample_images
 
