@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/image_cache.html.md"""
 # %% auto #0
 __all__ = ['Slot', 'CachePlan', 'plan_cache', 'Kind', 'ImageCache', 'OpenStored']
 
-# %% ../../nbs/data/image_cache.ipynb #5d47672c
+# %% ../../nbs/data/image_cache.ipynb #af2ea245
 import os, shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
 
-# %% ../../nbs/data/image_cache.ipynb #74ef8789
+# %% ../../nbs/data/image_cache.ipynb #e249a8b4
 _share = .8 # Of the free memory, at most: a training needs some too
 
 def _size_text(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{max(n, 1e5)/1e6:.1f} MB'
@@ -75,7 +75,7 @@ def plan_cache(
     free,folder = (memory,None) if where=='memory' else (disk,str(folder))
     return CachePlan(images, tuple(largest), nbytes, where, free, folder, why, differs)
 
-# %% ../../nbs/data/image_cache.ipynb #99e52322
+# %% ../../nbs/data/image_cache.ipynb #d4bbb371
 _channels = dict(L=1, RGB=3, RGBA=4)
 
 class Kind:
@@ -93,12 +93,9 @@ class Kind:
         given = f'{img_cls.__name__} with mode {self.mode!r}'
         check_arg(self.mode in _channels, 'data', given, f'with images that are opened as one of {tuple(_channels)}')
 
-    @property
-    def name(self)->str:
-        "Tells kinds apart, and names a folder"
-        how = 'whole' if self.f is None else transform_text(self.f).replace(' ', '-')
-        side = f'-{self.size}' if self.size else ''
-        return f"{self.img_cls.__name__}-{how}-{'train' if self.train else 'valid'}{side}"
+        how = 'whole' if f is None else transform_text(f).replace(' ', '-')
+        use = 'train' if self.train else 'valid'
+        self.name = '-'.join([img_cls.__name__, how, use, *([str(self.size)] if self.size else [])]) # Also of a folder
 
     def part(self,
         wh:tuple, # Of the picture, pixels
@@ -149,7 +146,9 @@ def _try_stat(file):
 def _in_threads(f, items):
     with ThreadPoolExecutor(8) as pool: return list(pool.map(f, items))
 
-def _key(file): return os.path.abspath(file)
+def _key(file):
+    file = os.fspath(file)
+    return file if os.path.isabs(file) else os.path.abspath(file)
 
 class ImageCache:
     "What is stored of files, shared by all that was made of one DataBlock"
@@ -272,7 +271,7 @@ class ImageCache:
         with ThreadPoolExecutor(max(1, defaults.cpus)) as pool:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
-# %% ../../nbs/data/image_cache.ipynb #f0068070
+# %% ../../nbs/data/image_cache.ipynb #f073d189
 class OpenStored(Transform):
     "Open files as `img_cls` does, with pixels from a cache"
     input_types = Path,str,Tensor,ndarray,bytes,Image.Image

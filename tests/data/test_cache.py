@@ -79,6 +79,15 @@ def test_items_one_by_one_and_by_index_are_the_same(files):
         for dl in dls: dl.before_batch.fs.append(ToTensor()) # Something that batches by index know nothing of
         for dl,was in zip(dls, rows): assert same(epoch(dl, 3), was)
 
+def test_a_batch_that_is_not_its_items_is_never_given(files, monkeypatch):
+    for f in (Resize(64), Resize(64, ResizeMethod.Squish)):
+        dls = loaders(cached(make_block(f)), files)
+        was = [[epoch(dl, 3) for _ in range(2)] for dl in dls][0][1]
+        monkeypatch.setattr('fastai_tricks.data.indexed._Images.take', lambda self, idxs, pcts: torch.zeros(len(idxs), 3, 64, 64, dtype=torch.uint8))
+        dls.train._rows.first = None
+        assert same(epoch(dls.train, 3), was)
+        monkeypatch.undo()
+
 def test_masks_and_several_images(files, tmp_path):
     for i,f in enumerate(files): Image.fromarray(np.random.default_rng(i).integers(0, 5, Image.open(f).size[::-1], dtype=np.uint8)).save(tmp_path/f'{f.stem}.png')
     def mask(f): return tmp_path/f'{f.stem}.png'
