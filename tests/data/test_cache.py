@@ -71,6 +71,14 @@ def test_random_crops_are_where_they_would_be(files, f):
     other = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(a.train, 1), epoch(b.train, 2))]
     assert min(other)>.05
 
+def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
+    whole,small = (loaders(cached(make_block(RandomResizedCrop(64)), size=size, fill=True), files) for size in (None,80))
+    assert opener(small).cache.plans[0].nbytes<opener(whole).cache.plans[0].nbytes/2
+    def decodes(*args): raise AssertionError('decoded again')
+    monkeypatch.setattr(PILImage, 'create', decodes)
+    off = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(whole.train, 1), epoch(small.train, 1), strict=True)]
+    assert 0<max(off)<.08
+
 def test_items_one_by_one_and_by_index_are_the_same(files):
     for f in (Resize(64), Resize(64, ResizeMethod.Squish), RandomResizedCrop(64)):
         dls = loaders(cached(make_block(f)), files)
