@@ -132,8 +132,8 @@ def standin(monkeypatch):
         def __init__(self, ids, shape, names): self.mesh_shape,self.axis_names = shape,names
     spmd = ns(Mesh=Mesh, mark_sharding=lambda t, mesh, axes: shared.append((tuple(t.shape), axes)))
     runtime,metrics = ns(is_spmd=lambda: True, global_runtime_device_count=lambda: 8),ns(metric_data=lambda name: None, counter_names=list)
-    debug,distributed = ns(metrics=metrics),ns(spmd=spmd)
-    tx = ns(runtime=runtime, debug=debug, distributed=distributed, device=lambda: torch.device('cpu'), sync=lambda: None)
+    debug,distributed,core = ns(metrics=metrics),ns(spmd=spmd),ns(xla_model=ns(wait_device_ops=lambda: None))
+    tx = ns(runtime=runtime, debug=debug, distributed=distributed, core=core, device=lambda: torch.device('cpu'), sync=lambda: None)
     for k,v in {'':tx, '.runtime':runtime, '.debug':debug, '.debug.metrics':metrics, '.distributed':distributed, '.distributed.spmd':spmd}.items():
         monkeypatch.setitem(sys.modules, f'torch_xla{k}', v)
     return shared
