@@ -124,7 +124,9 @@ def open_records(
     check_free(out)
     file = out/'settings.json'
     old = _load_settings(out) if file.exists() else None
-    if old is not None and resume:
+    # Nothing is planned yet where the minutes were refused: there is nothing to go on with
+    begun = (out/'plan.json').exists() or bool(_run_files(out))
+    if old is not None and resume and begun:
         said = check_same(f'`out` {str(out)!r} holds a report', old, identity, may, f'{_again[0].upper()}{_again[1:]}')
         for o in said: print(f'tips_report: {o}', flush=True)
     else:

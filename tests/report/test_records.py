@@ -255,3 +255,7 @@ def test_a_tip_that_only_the_file_has_is_refused(begun, pretend):
     plant(begun, lambda plan: plan.update(paces=LINE, tips=[dict(name='a', choice=LINE, lines=LINE)]))
     with pytest.raises(ValueError, match="plan.json' is no plan of this report"): report(begun, TIPS)
     assert len(pretend.calls)==n and PLANTED==[]
+
+def test_minutes_that_were_refused_leave_nothing_to_go_on_with(tmp_path):
+    with pytest.raises(ValueError, match='`minutes` must be at least'): report(tmp_path/'out', TIPS, .1)
+    assert report(tmp_path/'out', TIPS).names[:1]==['baseline'] # More minutes in the same folder
