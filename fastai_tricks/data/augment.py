@@ -149,6 +149,8 @@ def _undecoded(o): return isinstance(o, PILImageDraft) and o.undecoded
 def _cut_image(im, cut, t):
     "An image cut and resized as `t` does it, an array"
     import cv2
+    stored = im.cut_to(cut.part, cut.size) if hasattr(im, 'cut_to') else None # It may come from a cache
+    if stored is not None: return stored
     shrinks = any(a>b for a,b in zip(cut.side, cut.size))
     how = cv2.INTER_AREA if t.area_for_downscale and shrinks else t.interpolation
     d = draft_scale(cut.side, cut.size) if _undecoded(im) and how!=cv2.INTER_NEAREST else 1
@@ -303,13 +305,21 @@ class _PhotoAugs:
         check('max_rotate', 0, 180, 'degrees in [0,180]')
         for name in ('max_warp','max_lighting','p_affine','p_lighting'): check(name, 0, 1, 'a number in [0,1]')
 
+    @property
+    def ratio(self): # Width over height of crops
+        h,w = self.size
+        return (w/h)*(3/4)**self.strength,(w/h)*(4/3)**self.strength
+
+    @property
+    def least(self): # Share of the area that a crop has at least
+        return self.min_scale**self.strength
+
     def train(self):
         "Crop, flips, rotation, warp and lighting"
         A,s = _albumentations(),self.strength
         h,w = self.size
         p_flip,p_affine = min(.5, s/2),min(1., s*self.p_affine)
-        ratio = (w/h)*(3/4)**s,(w/h)*(4/3)**s
-        res = [A.RandomResizedCrop(size=(h,w), scale=(self.min_scale**s,1.), ratio=ratio, area_for_downscale='image')]
+        res = [A.RandomResizedCrop(size=(h,w), scale=(self.least,1.), ratio=self.ratio, area_for_downscale='image')]
         if self.do_flip: res.append(A.HorizontalFlip(p=p_flip))
         if self.flip_vert: res.append(A.VerticalFlip(p=p_flip))
         if self.flip_vert and h==w: res.append(A.Transpose(p=p_flip))
@@ -337,6 +347,19 @@ class _PhotoTfm(AlbumentationsTfm):
         res = type(self)(replace(self.augs, **kwargs))
         res.scaled = self.scaled
         return res
+    # A cache asks for these
+    @property
+    def smallest_crop(self):
+        "`(w,h)` of the images, share of the area and ratios of the smallest crop in training"
+        return self.size[::-1],self.augs.least,self.augs.ratio
+    def valid_size(self, wh):
+        "`(w,h)` of the whole image before its middle is cut out, in validation"
+        return first_crop(self.valid_aug.transforms[0], wh).size
+    def at_valid_size(self, im):
+        "The whole image at that size, an array"
+        t = self.valid_aug.transforms[0]
+        return _cut_image(im, first_crop(t, im.size), t)
+
     def at_size(self, size): return self._new(size=size)
     def at_strength(self, s): return self._new(strength=s*self.augs.strength)
 

@@ -122,6 +122,7 @@ class Kind:
         "Pixels of a part, as the transform makes them of the file"
         im = self.img_cls.create(file)
         if part.is_whole(im.size) and part.to==tuple(im.size): return as_pixels(im)
+        if hasattr(self.f, 'at_valid_size') and not self.train: return as_pixels(self.f.at_valid_size(im))
         to = None if part.to==part.sz else part.to
         return as_pixels(im.crop_pad(part.sz, part.tl, pad_mode=part.pad_mode, resize_mode=part.mode, resize_to=to))
 
@@ -350,7 +351,7 @@ class OpenStored(Transform):
             self._tell(o)
             return self.img_cls.create(o)
         pixels,open = partial(self.pixels, kind, o, slot),partial(self.img_cls.create, o)
-        stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None)
+        stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None, random=kind.train)
         return stored_class(self.img_cls).of(stored, kind.mode)
 
     @staticmethod
