@@ -40,13 +40,15 @@ class CachePlan:
     folder:str=None # On disk
     why:str='' # Why there, if that was not asked for
     differs:str='' # In what pictures differ from those without a cache; '': in nothing
+    others:int=0 # Bytes in the folder of other settings
 
     def __str__(self):
         free = '' if self.free is None else f' ({_size_text(self.free)} free)'
         place = 'in memory' if self.where=='memory' else f'on disk in {short_path(self.folder)!r}'
         w,h = self.largest
         said = f"cached: {plural(self.images, 'picture')} of up to {w}×{h} px, {_size_text(self.nbytes)} {place}{free}"
-        return said + ''.join(f'; {o}' for o in (self.why,self.differs) if o)
+        others = f'the folder has {_size_text(self.others)} of other settings too' if self.others else ''
+        return said + ''.join(f'; {o}' for o in (self.why,self.differs,others) if o)
 
 def plan_cache(
     images:int, # Pictures to be stored
@@ -58,6 +60,7 @@ def plan_cache(
     folder:str='image_cache', # On disk
     processes:int=1, # That train together
     differs:str='', # In what pictures differ from those without a cache
+    others:int=0, # Bytes in the folder of other settings
 )->CachePlan:
     "Decide where pictures are stored; a ValueError where there is no room"
     need,why = _size_text(nbytes),''
@@ -73,7 +76,7 @@ def plan_cache(
         accepted = f'on a disk with room, or `size` smaller: the pictures need {need}, {_size_text(disk)} are free'
         check_arg(nbytes<=disk, 'folder', str(folder), accepted)
     free,folder = (memory,None) if where=='memory' else (disk,str(folder))
-    return CachePlan(images, tuple(largest), nbytes, where, free, folder, why, differs)
+    return CachePlan(images, tuple(largest), nbytes, where, free, folder, why, differs, others if where=='disk' else 0)
 
 # %% ../../nbs/data/image_cache.ipynb #d4bbb371
 _channels = dict(L=1, RGB=3, RGBA=4)
@@ -237,7 +240,10 @@ class ImageCache:
         there = next(o for o in (self.folder,*self.folder.parents) if o.exists())
         return plan_cache(len(shapes), shapes[nbytes.argmax()][:0:-1].tolist(), int(nbytes.sum()), self.where,
             memory=free_memory(), disk=shutil.disk_usage(there).free, folder=self.folder,
-            processes=num_distrib() or 1, differs=said if random else '')
+            processes=num_distrib() or 1, differs=said if random else '', others=self._others({k.name for k,_ in todo}))
+
+    def _others(self, names):
+        return sum(f.stat().st_size for f in self.folder.glob('*/*/pixels') if f.parts[-3] not in names)
 
     def add(self,
         wanted:list, # `[(kind, files)]`

@@ -35,16 +35,19 @@ def _opener(tl):
     fs = tl.tfms.fs
     return fs[-1] if fs and isinstance(fs[-1], OpenStored) else None
 
+def _only_sizes(fs, f, valid):
+    "Do the item transforms nothing but `f`, which sets the size?"
+    idle = (ToTensor,AddMaskCodes) + ((FlipItem,DihedralItem) if valid else ())
+    return type(f) in (type(None),Resize,RandomResizedCrop) and all(o is f or isinstance(o, idle) for o in fs)
+
 def _way(dl, openers):
     "'rows': the stored pictures are what the item transforms give; 'crops' or 'cuts': these are parts of them; else None"
-    fs,f = dl.after_item.fs,sizing(dl.after_item.fs)
-    idle = (ToTensor,AddMaskCodes) + ((FlipItem,DihedralItem) if dl.dataset.split_idx else ())
-    if not all(o is f or isinstance(o, idle) for o in fs) or type(f) not in (type(None),Resize,RandomResizedCrop): return None
+    f,valid = sizing(dl.after_item.fs),dl.dataset.split_idx
+    if not _only_sizes(dl.after_item.fs, f, valid): return None
     def text(f): return f and transform_text(f)
-    same,valid = all(text(o.f)==text(f) for o in openers),dl.dataset.split_idx
+    same = all(text(o.f)==text(f) for o in openers)
     if same and (valid or not crops_at_random(f)): return 'rows'
-    known = f is not None and all(o.f is not None for o in openers)
-    if valid or not known: return None
+    if valid or None in (f,*(o.f for o in openers)): return None
     return 'crops' if type(f) is Resize and crops_at_random(f) else 'cuts'
 
 # %% ../../nbs/data/indexed.ipynb #0ac070ff
@@ -200,7 +203,8 @@ class Rows:
         if self.first is False or not all(p.fill(idxs) for p in self.images): return None
         state,taken = random.getstate(),self._taken(idxs)
         if all(o is not None for o in taken):
-            images = iter(taken)
+            # `ToTensor` gives masks no channel
+            images = (t[:,0] if issubclass(p.kind.img_cls, PILMask) else t for p,t in zip(self.images, taken))
             b = tuple(next(images) if isinstance(p, _Images) else p.take(idxs) for p in self.parts)
             if self.first or self._like_items(dl, int(idxs[0]), state, b): return dl.retain(b, [self.first])
             self.first = False

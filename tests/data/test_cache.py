@@ -1,12 +1,13 @@
 "`cached`: the same pictures, one buffer, nothing left behind, never an old picture"
 import os, pickle, re, shutil, signal, time, traceback, warnings
 import multiprocessing as mp
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, MaskBlock, PILImage, PILImageBW, RandomResizedCrop,
+from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, MaskBlock, PILImage, PILImageBW, RandomResizedCrop, RandomResizedCropGPU,
                                Resize, ResizeMethod, ToTensor, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
 import fastai.callback.data # noqa: F401 - weighted_dataloaders
-from fastai_tricks.all import PILImageDraft, ProgressiveResize, block_with, cached, climb, cross_validate, skip_corrupt
+from fastai_tricks.all import PILImageDraft, ProgressiveResize, albu_transforms, block_with, cached, climb, cross_validate, skip_corrupt
 from fastai_tricks.core.test_utils import sizes_seen, tiny_learner
 from fastai_tricks.data.image_cache import Kind
 from fastai_tricks.data.pixels import PixelBuffer
@@ -53,10 +54,15 @@ def test_validation_is_the_same_to_the_bit(files, f, cls):
     for _ in range(3): assert same(epoch(a.valid), epoch(b.valid))
     assert same(epoch(a.valid), epoch(a.valid.new())) and same(epoch(a.valid), epoch(b.valid.new()))
 
-@pytest.mark.parametrize('f', [Resize(64, ResizeMethod.Squish), [CropPad(90), Resize(64, ResizeMethod.Squish)], CropPad(64), Resize(400)], ids=str)
+@pytest.mark.parametrize('f', [Resize(64, ResizeMethod.Squish), [CropPad(90), Resize(64, ResizeMethod.Squish)], CropPad(64)], ids=str)
 def test_training_without_a_smaller_picture_is_the_same(files, f):
     a,b = loaders(make_block(f), files),loaders(cached(make_block(f)), files)
     for seed in range(3): assert same(epoch(a.train, seed), epoch(b.train, seed))
+
+@pytest.mark.parametrize('f', [Resize(400), RandomResizedCrop(300)], ids=str)
+def test_photos_that_are_stored_whole_differ_by_a_level(files, f):
+    a,b = loaders(make_block(f), files),loaders(cached(make_block(f)), files)
+    for seed in range(3): assert all((x-u).abs().max()<1.01/255 for (x,_),(u,_) in zip(epoch(a.train, seed), epoch(b.train, seed), strict=True))
 
 @pytest.mark.parametrize('f', [Resize(64), RandomResizedCrop(64, min_scale=.3), [FlipItem(), Resize(64)], [DihedralItem(), RandomResizedCrop((64,48))]], ids=str)
 def test_random_crops_are_where_they_would_be(files, f):
@@ -79,21 +85,40 @@ def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
     off = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(whole.train, 1), epoch(small.train, 1), strict=True)]
     assert 0<max(off)<.08
 
+BY_INDEX = [Resize(64), Resize(150), Resize(64, ResizeMethod.Squish), Resize((80,48), ResizeMethod.Pad), RandomResizedCrop(64), RandomResizedCrop((96,48), min_scale=.5)]
+
+@contextmanager
+def items_made(dl):
+    "Items that a loader makes one by one"
+    res,do_item = [],type(dl).do_item
+    dl.do_item = lambda s: (res.append(s), do_item(dl, s))[1]
+    dl.do_item.only_replaces_broken = True
+    try: yield res
+    finally: del dl.do_item
+
+def test_the_first_epoch_makes_one_item_to_compare(files):
+    for f in BY_INDEX:
+        dls = loaders(cached(make_block(f)), files)
+        with items_made(dls.train) as made: epoch(dls.train)
+        assert len(made)==1 and [o.filled.sum() for o in buffers(dls)]
+
 def test_items_one_by_one_and_by_index_are_the_same(files):
-    for f in (Resize(64), Resize(64, ResizeMethod.Squish), RandomResizedCrop(64)):
+    for f in BY_INDEX:
         dls = loaders(cached(make_block(f)), files)
         for dl in dls: epoch(dl) # Fills
-        rows = [epoch(dl, 3) for dl in dls]
+        with items_made(dls.train) as made: rows = [epoch(dl, 3) for dl in dls]
+        assert not made
         for dl in dls: dl.before_batch.fs.append(ToTensor()) # Something that batches by index know nothing of
         for dl,was in zip(dls, rows): assert same(epoch(dl, 3), was)
 
 def test_a_batch_that_is_not_its_items_is_never_given(files, monkeypatch):
-    for f in (Resize(64), Resize(64, ResizeMethod.Squish)):
+    for way,f in dict(crops=Resize(64), rows=Resize(64, ResizeMethod.Squish), cuts=RandomResizedCrop(64)).items():
         dls = loaders(cached(make_block(f)), files)
         was = [[epoch(dl, 3) for _ in range(2)] for dl in dls][0][1]
-        monkeypatch.setattr('fastai_tricks.data.indexed._Images.take', lambda self, idxs, pcts: torch.zeros(len(idxs), 3, 64, 64, dtype=torch.uint8))
+        assert dls.train._rows.way==way
+        monkeypatch.setattr(f'fastai_tricks.data.indexed._Images.{way}', lambda self, f, idxs, *args: torch.zeros(len(idxs), 3, 64, 64, dtype=torch.uint8))
         dls.train._rows.first = None
-        assert same(epoch(dls.train, 3), was)
+        assert same(epoch(dls.train, 3), was) and dls.train._rows.first is False
         monkeypatch.undo()
 
 def test_masks_and_several_images(files, tmp_path):
@@ -103,7 +128,9 @@ def test_masks_and_several_images(files, tmp_path):
         block = DataBlock((ImageBlock,ImageBlock,MaskBlock), n_inp=2, get_x=[lambda f: f,lambda f: f], get_y=mask, splitter=IndexSplitter(VALID), item_tfms=f)
         a,b = loaders(block, files),loaders(cached(block), files)
         for _ in range(2): assert same(epoch(a.valid), epoch(b.valid))
-        for x,u,m in epoch(b.train, 1) + epoch(b.train, 2):
+        with items_made(b.train) as made: seen = epoch(b.train, 1) + epoch(b.train, 2)
+        assert len(made)<2
+        for x,u,m in seen:
             assert torch.equal(x, u) and set(m.unique().tolist())<=set(range(5))
 
 def test_loaders_that_are_there(files):
@@ -227,6 +254,21 @@ def test_a_second_notebook_decodes_nothing(files, tmp_path, monkeypatch):
     assert sorted(len(o)-int(o.filled.sum()) for o in buffers(b))==[0,1]
     assert same(epoch(b.valid), was)
 
+def test_two_processes_share_a_folder(files, tmp_path):
+    "Both make the loaders at the same moment, and both fill"
+    a,(r,w),(go,start) = loaders(make_block(Resize(64)), files),os.pipe(),os.pipe()
+    def make(): return loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'px'), files)
+    def train():
+        os.read(go, 1)
+        b = make()
+        ok = same(epoch(a.valid), epoch(b.valid)) and epoch(b.train) and same(epoch(a.valid), epoch(b.valid))
+        os.write(w, b'y' if ok else b'n')
+    pids = [forked(train) for _ in range(2)]
+    os.write(start, b'..')
+    assert all(os.WEXITSTATUS(os.waitpid(p, 0)[1])==0 for p in pids) and os.read(r, 2)==b'yy'
+    assert len(list((tmp_path/'px').glob('*/*/pixels')))==2 # One file of each kind
+    assert sum(int(o.filled.sum()) for o in buffers(make()))==12
+
 def test_other_settings_have_their_own_place(files, tmp_path):
     for f in (Resize(64), Resize(48)):
         b = loaders(cached(make_block(f), where='disk', folder=tmp_path/'px', fill=True), files)
@@ -290,8 +332,47 @@ def test_progressive_resize_cuts_from_the_same_buffer(files, monkeypatch):
     monkeypatch.setattr(Kind, 'make', decodes)
     monkeypatch.setattr(PILImage, 'create', decodes)
     learn = tiny_learner(dls, cbs=ProgressiveResize(mult=16))
-    with sizes_seen(learn) as seen: learn.fit(3)
+    with items_made(dls.train) as made, sizes_seen(learn) as seen: learn.fit(3)
+    assert len(made)<6 # fastai's look at an item, and one for each size, to compare
     assert {o[1] for o in seen if o[0]}=={32,48,64} and {o[1] for o in seen if not o[0]}=={64}
+
+@pytest.mark.parametrize('cls', [PILImage,PILImageDraft])
+def test_albu_transforms_take_stored_pictures(files, monkeypatch, cls):
+    pytest.importorskip('albumentations')
+    block = make_block(albu_transforms(48), cls)
+    a,b = loaders(block, files),loaders(cached(block, fill=True), files)
+    whole = sum(3*w*h for w,h in (Image.open(f).size for f in files))
+    assert opener(b).cache.plans[0].nbytes<whole/2
+    x,seen = epoch(a.valid),[epoch(a.train, seed) for seed in range(3)]
+    def decodes(*args): raise AssertionError('decoded again')
+    monkeypatch.setattr(Image, 'open', decodes)
+    assert same(x, epoch(b.valid))
+    off = [(x-u).abs().mean().item() for seed in range(3) for (x,_),(u,_) in zip(seen[seed], epoch(b.train, seed), strict=True)]
+    other = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(seen[1], epoch(b.train, 2))]
+    assert max(off)<.06<.1<min(other)
+
+def test_albu_transforms_of_masks(files, tmp_path):
+    pytest.importorskip('albumentations')
+    for i,f in enumerate(files): Image.fromarray(np.random.default_rng(i).integers(0, 5, Image.open(f).size[::-1], dtype=np.uint8)).save(tmp_path/f'{f.stem}.png')
+    block = DataBlock((ImageBlock,MaskBlock), get_y=lambda f: tmp_path/f'{f.stem}.png', splitter=IndexSplitter(VALID), item_tfms=albu_transforms(48))
+    a,b = loaders(block, files),loaders(cached(block), files)
+    assert same(epoch(a.valid), epoch(b.valid))
+    assert all(torch.equal(m, n) for (_,m),(_,n) in zip(epoch(a.train, 1), epoch(b.train, 1), strict=True))
+
+def test_crops_on_the_device(files):
+    f,tfms = Resize(96, ResizeMethod.Squish),[RandomResizedCropGPU(48),*aug_transforms()]
+    a,b = loaders(make_block(f, batch_tfms=tfms), files),loaders(cached(make_block(f, batch_tfms=tfms)), files)
+    with items_made(b.train) as made: assert same(epoch(a.train, 1), epoch(b.train, 1)) and same(epoch(a.valid, 2), epoch(b.valid, 2))
+    assert len(made)==1 and epoch(b.train)[0][0].shape[-2:]==(48,48)
+
+def test_class_subset(files):
+    block = cached(make_block(Resize(64))).class_subset(['b'])
+    dls = loaders(block, files, bs=2)
+    assert dls.vocab==['b'] and all(torch.equal(x, u) for (x,_),(u,_) in zip(epoch(dls.valid), epoch(loaders(make_block(Resize(64)).class_subset(['b']), files, bs=2).valid), strict=True))
+    n = [len(o) for o in opener(dls).cache.slots.values()]
+    assert sum(n)==6
+    loaders(block, files, bs=2)
+    assert [len(o) for o in opener(dls).cache.slots.values()]==n
 
 @pytest.mark.parametrize('first', ['cached','skip'])
 def test_corrupt_images(files, tmp_path, first):
@@ -323,6 +404,11 @@ def test_weighted_loaders(files):
     dls = cached(make_block(Resize(64))).weighted_dataloaders(files, wgts, bs=4, num_workers=0, device='cpu')
     for x,y in dls.train: assert x.shape==(4,3,64,64)
     assert any(o.filled.any() for o in buffers(dls))
+    dls = cached(make_block(Resize(64)).weighted_dataloaders(files, wgts, bs=4, num_workers=0, device='cpu'))
+    with items_made(dls.train) as made: seen = [y for _ in range(5) for _,y in dls.train]
+    assert len(made)==1 and len(seen)==10
+    drawn = {f for f,w in zip(dls.train_ds.items, dls.train.wgts) if w}
+    assert {f for f,s in opener(dls).cache.slots[opener(dls).kinds[0].name].items() if s.buffer.sums[s.i]}<={str(f) for f in drawn}
 
 def test_training_images_are_evaluated_as_they_are(files):
     "Whoever evaluates training images gets those of validation, not of random crops"
