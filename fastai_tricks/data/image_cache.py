@@ -22,7 +22,7 @@ from ..core.identity import transform_text
 from ..core.processes import is_main
 from ..core.runs import load_json, run_lock
 from .pixels import free_memory, PixelBuffer
-from .stored import as_pixels, crops_at_random, sizing, Stored, stored_class, stored_part
+from .stored import as_pixels, crops_at_random, resized, sizing, Stored, stored_class, stored_part
 
 # %% ../../nbs/data/image_cache.ipynb #e249a8b4
 _share = .8 # Of the free memory, at most: a training needs some too
@@ -126,6 +126,8 @@ class Kind:
         im = self.img_cls.create(file)
         if part.is_whole(im.size) and part.to==tuple(im.size): return as_pixels(im)
         if hasattr(self.f, 'at_valid_size') and not self.train: return as_pixels(self.f.at_valid_size(im))
+        # What is cut at random is not that of the file to the bit anyhow; drafts decode no more than they need
+        if self.train and part.is_whole(im.size) and not getattr(im, 'undecoded', False): return resized(as_pixels(im), part.to, part.mode)
         to = None if part.to==part.sz else part.to
         return as_pixels(im.crop_pad(part.sz, part.tl, pad_mode=part.pad_mode, resize_mode=part.mode, resize_to=to))
 

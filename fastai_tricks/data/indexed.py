@@ -96,6 +96,12 @@ class _Images:
             self.sizes[n] = s.wh,want.sz,s.part.to
             self.quick[n] = whole_pixels(want, s.wh, s.part.to) is not None
 
+    @property
+    def missing(self):
+        "Share of the images that is not stored"
+        filled = [s is not None and s.buffer.sums[s.i]!=0 for s in self.slots]
+        return 1-sum(filled)/len(filled)
+
     def has(self, idxs):
         "Are all of them stored?"
         which,at = self.at[idxs].T
@@ -140,7 +146,7 @@ class _Images:
         res = _empty((len(idxs),self.kind.channels,h,w))
         out = res.numpy()
         for k,(b,i,(x,y)) in enumerate(zip(which.tolist(), at.tolist(), corners)):
-            pixels = self.buffers[b].get(i)
+            pixels = self.buffers[b].pixels(i)
             if k not in slow: out[k] = pixels[:, y:y+h, x:x+w]
             else: out[k] = cut(pixels, replace(self.asked[slow[k].wh], tl=tuple(tl[k].tolist())), slow[k].wh)
         return res
@@ -157,6 +163,8 @@ class _Images:
         return res
 
 # %% ../../nbs/data/indexed.ipynb #f9d9805f
+_few = .02 # Of the images: those that cannot be decoded must not call for workers
+
 class Rows:
     "Batches of a loader, by index"
     def __init__(self,
@@ -174,6 +182,10 @@ class Rows:
         for p in self.images: p.check()
         if self.way=='crops':
             for p in self.images: p.measure(self.f)
+
+    def is_quick(self):
+        "Do batches take less time than it takes to get them from a worker?"
+        return self.way!='cuts' and self.first is not False and max(p.missing for p in self.images)<_few
 
     def _wants(self, idxs):
         "Parts that the transform asks for, of each image of the items"
@@ -243,7 +255,17 @@ class ByIndex:
         if not all(same):
             old = self._rows.parts if self._rows and all(same[:2]) else None
             self._rows,self._rows_for = rows_of(self, old),key
-        if self._rows is not None: self._rows.check()
+        if self._rows is None: return
+        self._rows.check()
+        if not self.timeout and self._rows.is_quick(): self.fake_l.num_workers = 0
+
+    def __iter__(self):
+        n = self.fake_l.num_workers
+        try:
+            for b in super().__iter__():
+                self.fake_l.num_workers = n # It was read when the first batch was asked for
+                yield b
+        finally: self.fake_l.num_workers = n
 
     def create_batches(self, samps):
         if self._rows is None: yield from super().create_batches(samps)

@@ -107,11 +107,17 @@ class PixelBuffer:
             raise ValueError("workers that are spawned cannot share memory here: use where='disk', or num_workers=0")
         return _shared,(self.shapes,DupFd(self._fd))
 
+    def pixels(self,
+        i:int, # Which
+    )->np.ndarray: # `(c,h,w)`, not a copy
+        "The pixels of an image that is there"
+        return self._at(i).reshape(self.shapes[i])
+
     def get(self,
         i:int, # Which
     )->np.ndarray: # `(c,h,w)`, not a copy; None where it is empty
         "The pixels of an image"
-        return self._at(i).reshape(self.shapes[i]) if self.sums[i] else None
+        return self.pixels(i) if self.sums[i] else None
 
     def put(self,
         i:int, # Which

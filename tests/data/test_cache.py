@@ -151,6 +151,29 @@ def test_workers_fill_one_buffer(files, persistent):
     assert same([o for o in epoch(a.train.new(shuffle=False))], [o for o in epoch(b.train.new(shuffle=False))])
     assert [o.filled.all() for o in buffers(b)]==[True] # What workers stored is seen here
 
+def test_workers_are_started_where_they_help(files, monkeypatch):
+    "Rows are quicker to copy than to get from another process; cuts that are resized are not"
+    started,init = [],torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__
+    monkeypatch.setattr('torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__', lambda self, *args: (started.append(1), init(self, *args))[1])
+    for f,wanted in [(Resize(64),[1,0,0]), (Resize(64, ResizeMethod.Squish),[1,0,0]), (RandomResizedCrop(64),[1,1,1])]:
+        dl = loaders(cached(make_block(f)), files, num_workers=2, drop_last=False).train
+        seen = []
+        for _ in range(3):
+            started.clear()
+            assert sum(len(x) for x,_ in dl)==8
+            seen.append(len(started))
+            assert dl.fake_l.num_workers==2
+        assert seen==wanted
+    dl = loaders(cached(make_block(Resize(64)), fill=True), files, num_workers=2).train
+    it = iter(dl)
+    next(it)
+    assert dl.fake_l.num_workers==2 # Not only at the end
+    it.close()
+    started.clear()
+    dl.timeout = 30 # Which needs workers
+    next(iter(dl))
+    assert started
+
 def label(f): return Path(f).parent.name
 
 def test_spawned_workers(files):
