@@ -11,8 +11,6 @@ __all__ = ['fast_facts']
 import inspect
 from dataclasses import fields, replace
 from fastai.vision.all import *
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import *
 from ..core.batch import image_hw, resize_batch, size_text, split_batch
 from ..core.checks import check_keywords
@@ -24,11 +22,11 @@ from .steps import body_norms, head_of
 from .resume import fast_run
 from ..models.fit_head import has_trained_head, NoHead, trainable_head
 from ..resize.callback import image_size, ProgressiveResize
+from ..train.loader_report import tells_waiting
+from ..train.stopwatch import precisions
 import fastai_tricks.train.precision # noqa: F401 - for `Learner.to_mixed`
 
 # %% ../../nbs/fast/fit_fast.ipynb #5ff8a84d
-_precisions = MixedPrecision,NonNativeMixedPrecision,ChannelsLast
-
 def _has(cbs, kind): return any(isinstance(cb, kind) or (isinstance(cb, type) and issubclass(cb, kind)) for cb in cbs)
 
 def _of_the_fit(kwargs): return {k:v for k,v in kwargs.items() if k!='cbs' and k in inspect.signature(Learner.fit_one_cycle).parameters}
@@ -81,7 +79,7 @@ def fast_facts(
     facts = FastFacts(
         n=n_items(dl), bs=getattr(dl, 'bs', None), drop_last=getattr(dl, 'drop_last', False),
         tpu=next(learn.model.parameters()).device.type=='xla',
-        resized=_has(cbs, ProgressiveResize), precise=_has(cbs, _precisions), **_of_weights(learn))
+        resized=_has(cbs, ProgressiveResize), precise=_has(cbs, precisions), **_of_weights(learn))
     asked = replace(asked, pretrained=is_pretrained(facts, asked)[0])
     if head_epochs(facts, asked)[0]: facts = replace(facts, **_of_head(learn))
     if asked.epochs and wants_small(facts, asked): facts = replace(facts, size=image_size(learn))
@@ -123,12 +121,13 @@ def fit_fast(self:Learner,
     check_minutes(epochs, minutes, name)
     if minutes is not None:
         plan = self.fit_fast_plan(None, lr, minutes, cbs=cbs, **asked, **kwargs)
-        try: return fit_within(self, plan, began, cbs, **kwargs)
-        finally: note_origin(get_model(self.model), head_of(self), plan.pretrained)
+        with tells_waiting(self, 'fit_fast', cbs) as all_cbs:
+            try: return fit_within(self, plan, began, all_cbs, **kwargs)
+            finally: note_origin(get_model(self.model), head_of(self), plan.pretrained)
     facts,asked = _found(self, epochs, lr, cbs=cbs, **asked, **kwargs)
-    with fast_run(self, name, resume, facts, asked, cbs, kwargs) as run:
+    with fast_run(self, name, resume, facts, asked, cbs, kwargs) as run, tells_waiting(self, 'fit_fast', cbs) as all_cbs:
         plan = fast_plan(run.facts, asked)
-        try: run.fit(plan, cbs, **kwargs)
+        try: run.fit(plan, all_cbs, **kwargs)
         finally: note_origin(get_model(self.model), head_of(self), plan.pretrained)
 
 @patch

@@ -13,6 +13,7 @@ from fastai.vision.learner import vision_learner
 import fastai_tricks.all as ft
 import fastai_tricks.fast.fit_fast as fit_fast_module
 import fastai_tricks.fast.minutes as minutes_module
+import fastai_tricks.train.stopwatch as stopwatch_module
 from fastai_tricks.core.learner import is_training
 from fastai_tricks.core.test_utils import sizes_seen, tiny_dls, tiny_learner
 from fastai_tricks.fast.minutes import Pace, ScoreHead, SmallFirst, Timings, TrainAll, TrainHead, Within, WithinTime, plan_minutes, time_parts
@@ -170,8 +171,7 @@ class Steps(Callback):
 @pytest.fixture
 def clock(monkeypatch):
     time = [100.]
-    monkeypatch.setattr(minutes_module, 'now', lambda: time[0])
-    monkeypatch.setattr(fit_fast_module, 'now', lambda: time[0])
+    for m in (minutes_module,fit_fast_module,stopwatch_module): monkeypatch.setattr(m, 'now', lambda: time[0])
     return time
 
 def timed(n=6, valid=1.): return Timings(((64,1.),), n, valid=valid, size=(64,64))
@@ -372,6 +372,18 @@ def test_fit_fast_within_minutes(clock, monkeypatch, capsys):
     assert [len(r) for r in learn.recorder.values]==[3]*6 and sum(map(len, steps.lrs))>=15 and clock[0]-100<30*1.02
     # The head took no time by this clock: what it left went to the whole network
     assert clock[0]-100>30*.85
+
+def test_it_says_that_it_waited(clock, monkeypatch, capsys):
+    "Two seconds for the items of a batch, one for its step"
+    given(monkeypatch, Timings(((32,3.),), 3, valid=1., features=3., mixed=1e9, size=(32,32)))
+    learn = frozen()
+    do_item = learn.dls.train.do_item
+    def slow(i):
+        clock[0] += .25
+        return do_item(i)
+    learn.dls.train.do_item = slow
+    with learn.no_bar(): learn.fit_fast(minutes=2, head=0, pretrained=True, cbs=Takes(clock, 1., 1/len(learn.dls.valid)))
+    assert 'fit_fast: waited 67% of the time for images: `learn.loader_report()`' in capsys.readouterr().out
 
 def test_from_scratch_at_its_sizes(monkeypatch):
     seen = []
