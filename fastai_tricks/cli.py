@@ -31,7 +31,7 @@ def block_code(
 
 # %% ../nbs/cli.ipynb #728933ea
 # Those of `TIPS` in report.tips: a test compares them
-_tips = 'draft albumentations sizes progressive mixed depthwise ema smoothing warmup batch compile fit_head fit_fast'.split()
+_tips = 'draft albumentations sizes cached progressive mixed depthwise ema smoothing warmup batch compile fit_head fit_fast'.split()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):

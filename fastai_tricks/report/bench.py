@@ -14,6 +14,7 @@ from dataclasses import replace
 from fastai.vision.all import *
 from fastai.callback.data import PartialDL, WeightedDL
 from ..core.learner import keep_random
+from ..data.indexed import by_index, ByIndex
 from .data import ReportData
 from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
                                        no_time, pace_of, plan_report, refuse_minutes, ReportPlan, validations)
@@ -75,7 +76,8 @@ def _train_part(dl, n):
     own = dict(wgts=dl.wgts) if isinstance(dl, WeightedDL) else {} # `new` forgets them
     full = dl.n//dl.bs*dl.bs if dl.drop_last else dl.n
     if not n or n>=full: return dl.new(**own)
-    return dl.new(cls=_PartialWeighted if own else PartialDL, partial_n=n, **own)
+    cls = _PartialWeighted if own else PartialDL
+    return dl.new(cls=by_index(cls) if isinstance(dl, ByIndex) else cls, partial_n=n, **own)
 
 def part_of(
     dls:DataLoaders, # Stay as they are
@@ -127,7 +129,7 @@ class Bench:
         "The names, with a Learner that has not trained, and the loader that it is scored on"
         space,(valid,choice) = self._space(recipe.tips, seed),parts
         if self.data.loaders: space['dls'] = self.data.dls
-        exec(recipe.dls_code(), space)
+        with redirect_stdout(io.StringIO()): exec(recipe.dls_code(), space)
         chooses = choice and any(t.chooses for t in recipe.tips)
         # A fit that chooses by the validation set has a part of it to choose by, and is scored on the other
         dls = space['dls'] = part_of(space['dls'], images, choice if chooses else valid)
@@ -214,9 +216,9 @@ def _miniatures(bench, tips, budget, until, left_out):
                 left_out[k] = failure(e)
     return {k:rs for k,rs in seen.items() if k not in left_out}
 
-def _here(bench, chosen, seconds=math.inf):
+def _here(bench, chosen, seconds=math.inf, image=0.):
     data,tuning = bench.data,bench.recipe.fit=='fine_tune'
-    return Here(bench.learner, data.dblock, data.items, data.size, data.n, data.bs, tuning, seconds, chosen)
+    return Here(bench.learner, data.dblock, data.items, data.size, data.n, data.bs, tuning, seconds, image, chosen)
 
 def _miniature_seconds(bench, base):
     "Of two miniatures of a variant, about"
@@ -248,7 +250,7 @@ def look(
         base = pace_of([bench.measure([])]) # Something has to be known before anything is spent
         n = _there_is_time_for(bench, base, budget, now()-began, len(entries))
         expected = (budget.seconds - (now()-began))/max(1, budget.race(n)+budget.after(n))
-        tips,left_out = tips_here(entries[:n], _here(bench, {}, expected))
+        tips,left_out = tips_here(entries[:n], _here(bench, {}, expected, base.image))
         left_out |= {getattr(k, 'name', k):no_time(budget) for k in entries[n:]}
         n = min(len(tips), _there_is_time_for(bench, base, budget, now()-began, len(tips)))
         left_out |= {t.name:no_time(budget) for t in tips[n:]}

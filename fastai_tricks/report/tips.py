@@ -19,7 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import *
 from ..core.checks import check_arg
-from ..core.learner import OnlyTrain
+from ..core.learner import device_of, OnlyTrain
 from ..data.block import opens_images
 from ..data.transforms import size_set
 from ..models.convert import dense_convs
@@ -27,6 +27,8 @@ from ..models.fit_head import NoHead, trainable_head
 from ..models.rank_archs import as_candidates
 from ..models.separable import DepthwiseSeparableConv
 from ..resize.sizes import Growth
+from ..train.loader_report import image_source, loader_advice, loader_facts, loader_limit, time_items
+from ..train.stopwatch import n_workers
 
 # %% ../../nbs/report/tips.ipynb #16a43d55
 @dataclass
@@ -173,7 +175,13 @@ class Here:
     bs:int=64 # Batch size
     tuning:bool=True # `fine_tune`?
     seconds:float=math.inf # A training will take about so long
+    image:float=0. # Seconds of training per image, loader included; 0: not known
     chosen:dict=field(default_factory=dict) # For each tip the `choice` of a report that goes on: not measured again
+
+    @property
+    def passes(self):
+        "How often a training sees each image"
+        return self.seconds/(self.image*self.n) if self.image and self.n else math.inf
 
     @property
     def no_block(self):
@@ -198,6 +206,35 @@ def _draft(o):
 def _albu(o):
     if not find_spec('albumentations'): return 'albumentations is not installed: pip install fastai_tricks[albumentations]'
     return Tip('albumentations', block='dblock = block_with(dblock, augs=albu_transforms)')
+
+_no_limit = 'the network, not the loader, is the limit'
+
+def _loads_quickly(o, dl, device):
+    "Is what one process takes to load an image a small part of its training?"
+    seconds = sum(s for _,s in time_items(dl, 8)[1][:3])
+    # Workers of the CPU take their time from the training
+    each = seconds/(1 if device.type=='cpu' else max(1, n_workers(dl)))
+    return bool(o.image) and loader_limit(each/o.image)=='network'
+
+def _cache_gains(learn):
+    "True, or why a cache would not help"
+    facts = loader_facts(learn, .5)
+    advice = loader_advice(facts)
+    if advice.limit=='network': return _no_limit
+    if facts.cache.endswith('on disk'): return f'the pictures would take {facts.cache}: memory has not that much free'
+    return any('cached' in h.code for h in advice.helps) or 'it would make a training less than 5% faster'
+
+def _cached(o):
+    tip = Tip('cached', block='dblock = cached(dblock)', choice=dict(pays=True))
+    if 'cached' in o.chosen: return tip # Not timed again
+    if o.passes<2: return f'a training here sees each image {o.passes:.1f} times, and the cache helps from the second time on'
+    learn = o.learner()
+    dl = learn.dls.train
+    source = image_source(dl)
+    if source!='files': return 'there is a cache already' if source else 'images are not opened from files'
+    if _loads_quickly(o, dl, device_of(learn)): return _no_limit
+    gains = _cache_gains(learn)
+    return tip if gains is True else gains
 
 def _progressive(o):
     if o.size is None or not Growth().small(o.size, o.tuning):
@@ -298,6 +335,7 @@ TIPS = dict(
     draft=lambda o: o.no_block or _draft(o),
     albumentations=lambda o: o.no_size or _albu(o),
     sizes=lambda o: o.no_size or _sizes(o),
+    cached=lambda o: o.no_block or _cached(o), # After all that changes what it stores
     progressive=_progressive,
     mixed=_mixed,
     depthwise=_depthwise,
@@ -310,7 +348,7 @@ TIPS = dict(
     fit_fast=_fit_fast)
 
 # What is looked at first where the minutes do not suffice for all: the largest gains on photo sets, then the cheapest to try
-FIRST = ('fit_fast','fit_head','mixed','progressive','batch','sizes','smoothing','ema','albumentations','draft','warmup',
+FIRST = ('fit_fast','fit_head','mixed','cached','progressive','batch','sizes','smoothing','ema','albumentations','draft','warmup',
          'depthwise','compile')
 
 def by_worth(

@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/train/stopwatch.html.md"""
 # %% auto #0
 __all__ = ['precisions', 'enough', 'rounds', 'steady', 'Laps', 'n_workers', 'timed', 'Stopwatch', 'WaitClock', 'copy_learner']
 
-# %% ../../nbs/train/stopwatch.ipynb #0427d20f
+# %% ../../nbs/train/stopwatch.ipynb #bb90439f
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from ..core.learner import copy_model, device_of
 from ..core.loader import LoaderProxy
 
-# %% ../../nbs/train/stopwatch.ipynb #59c77880
+# %% ../../nbs/train/stopwatch.ipynb #98fd1363
 def enough(
     seconds:list, # That each batch took
     wanted:float, # Seconds to spend
@@ -46,7 +46,7 @@ def steady(
     each = sum(seconds[at])/sum(items[at])
     return max(0., seconds[0]-each*items[0]),each
 
-# %% ../../nbs/train/stopwatch.ipynb #facfdcad
+# %% ../../nbs/train/stopwatch.ipynb #ee59ca78
 @dataclass
 class Laps:
     "What each batch took"
@@ -117,7 +117,9 @@ class Stopwatch(Callback):
 class WaitClock(Callback):
     "Adds up how long a training waits for its batches"
     order,run_valid = Stopwatch.order-1,False # Within what keeps the time of a step
-    def __init__(self): self.waited,self.total,self.items = 0.,0.,0 # Seconds of waiting, and all of them; images
+    def __init__(self):
+        self.waited = self.total = 0. # Seconds of waiting, and all of them
+        self.items = 0
     def before_train(self): self.learn.dl = LoaderProxy(self.dl, self._batches)
 
     def _batches(self, dl):
@@ -135,7 +137,7 @@ class WaitClock(Callback):
         self.total += total
         self.items += items
 
-# %% ../../nbs/train/stopwatch.ipynb #9ec9664d
+# %% ../../nbs/train/stopwatch.ipynb #a7cb6edf
 precisions = MixedPrecision,NonNativeMixedPrecision,ChannelsLast
 
 def copy_learner(

@@ -1,4 +1,5 @@
 "A training of a report: what the model got, what the clock counted"
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from gc import collect
@@ -6,15 +7,21 @@ import weakref
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter, parent_label
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageBlock
 from fastai.vision.learner import vision_learner
+from fastai_tricks.data.image_cache import Kind
+from fastai_tricks.data.indexed import Rows
 import fastai_tricks.report.bench as bench_module
 from fastai_tricks.report.bench import Bench, TrainClock, failure, part_of
 from fastai_tricks.report.data import ReportData
 from fastai_tricks.report.tips import TIPS, Recipe, Tip
-from report_world import DATA, See, block, net
+from report_world import DATA, See, block, net, picture
 from test_tips import here
 
 def loaders(n=100, n_valid=8, bs=8): return block(n_valid).dataloaders(list(range(n)), bs=bs, num_workers=0, device='cpu')
@@ -187,3 +194,26 @@ def test_a_tip_trains_its_own_network(arch):
     "Also where its name says nothing, or is known to nobody else"
     w = watched([Tip('own', arch=arch, learner=dict(pretrained=False))])
     assert See.batches==[] and len(w.lrs)==12
+
+# A cache ----------------------------------------------------------------------------
+
+def test_each_training_fills_a_cache_of_its_own(tmp_path, monkeypatch, capsys):
+    "Twenty of the forty images train in each of six epochs; each of the 40 and of the 8 that validate is decoded once, and again by the next training"
+    files = []
+    for i in range(48):
+        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
+        files.append(tmp_path/'ab'[i%2]/f'{i}.jpg')
+        picture(i).save(files[-1])
+    db = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, splitter=IndexSplitter(range(8)), item_tfms=Resize(64, method='squish'))
+    recipe = Recipe(net, accuracy, 'fit_one_cycle', 10, learner=dict(pretrained=False), data=DATA)
+    data = ReportData(db.dataloaders(files, bs=10, **DATA), dblock=db, source=files)
+    bench,tip = Bench(data, recipe, dict(net=net, accuracy=accuracy, device=DATA['device'])),Tip('cached', block='dblock = cached(dblock)')
+    decoded,make = [],Kind.make
+    monkeypatch.setattr(Kind, 'make', lambda self, file, part: decoded.append(str(file)) or make(self, file, part))
+    batches = []
+    rows = Rows.batch
+    monkeypatch.setattr(Rows, 'batch', lambda self, *args: batches.append(rows(self, *args)) or batches[-1])
+    for n in (1,2):
+        r = bench.train([tip], 0, 6, 20)
+        assert r['images']==120 and set(Counter(decoded).values())=={n} and len(decoded)<=n*48
+    assert not capsys.readouterr().out and any(b is not None for b in batches) # By index, also where a part is drawn for each epoch

@@ -6,7 +6,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.augment import aug_transforms
 from fastai_tricks.data.block import block_with
+from fastai_tricks.report import tips as tips_module
 from fastai_tricks.report.tips import TIPS, Here, Recipe, Tip, tips_here
+from fastai_tricks.train.loader_report import LoaderFacts
 from report_world import block
 
 def here(**kwargs): return Here(**{**dict(learner=None, dblock=block(), items=['a.jpg'], size=(64,64), n=100, bs=8, tuning=False), **kwargs})
@@ -63,6 +65,60 @@ def test_what_was_measured_is_looked_at_before_lines_are_made_of_it():
 def test_a_report_that_goes_on_does_not_time_compiling_again():
     t = TIPS['compile'](here(chosen=dict(compile=dict(pays=True)), seconds=math.inf))
     assert t.learn=='learn.model.compile()' and t.choice
+
+SLOW = LoaderFacts(50., 200., 50., .75, tries=(('cached',.01),), cache='1.0 GB in memory')
+
+@pytest.fixture
+def measured(monkeypatch):
+    "`measured(facts, source, seconds)`: what the loader is found to do, and what an image takes one process"
+    def put(facts=SLOW, source='files', seconds=.02):
+        calls = []
+        monkeypatch.setattr(tips_module, 'image_source', lambda dl: source)
+        monkeypatch.setattr(tips_module, 'time_items', lambda dl, n: ((0,),(('opening it',seconds),('item transforms',0.),('collating',0.),('batch transforms',9.))))
+        monkeypatch.setattr(tips_module, 'loader_facts', lambda *args: calls.append(args) or facts)
+        return calls
+    return put
+
+def cached_here(**kwargs):
+    learn = SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(num_workers=4), device='cuda'))
+    return TIPS['cached'](here(**{**dict(learner=lambda: learn, image=.02, seconds=1000.), **kwargs}))
+
+def test_a_cache_where_the_loader_is_the_limit(measured):
+    calls = measured()
+    tip = cached_here()
+    assert tip.block=='dblock = cached(dblock)' and tip.choice==dict(pays=True) and len(calls)==1
+    assert cached_here(chosen=dict(cached=dict(pays=True)))==tip and len(calls)==1 # Not timed again
+
+@pytest.mark.parametrize('found,kw,why', [
+    ({}, dict(dblock=None), 'it changes how images are read'), (dict(source=''), {}, 'images are not opened from files'),
+    (dict(source='cache'), {}, 'there is a cache already'), ({}, dict(seconds=3.8), 'a training here sees each image 1.9 times'),
+    (dict(seconds=.0079), {}, 'the network, not the loader, is the limit'), # Four workers, 20 ms of training
+    (dict(facts=LoaderFacts(900., 100., 98., .02)), {}, 'the network, not the loader, is the limit'),
+    (dict(facts=LoaderFacts(50., 200., 50., .75, tries=(('cached',.99),))), {}, 'it would make a training less than 5% faster'),
+    (dict(facts=LoaderFacts(50., 200., 50., .75, tries=(('cached',.01),), cache='90.0 GB on disk')), {}, 'the pictures would take 90.0 GB on disk')])
+def test_no_cache(measured, found, kw, why):
+    calls = measured(**found)
+    assert cached_here(**kw).startswith(why) and len(calls)==('facts' in found) # Nothing is trained where it is plain before
+
+def test_workers_of_the_cpu_take_its_time(measured):
+    calls,cpu = measured(seconds=.0079),SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(num_workers=4), device='cpu'))
+    assert isinstance(cached_here(learner=lambda: cpu), Tip) and len(calls)==1
+
+def test_a_cache_stands_behind_what_changes_its_pictures(measured):
+    pytest.importorskip('albumentations')
+    measured()
+    o = here(learner=lambda: SimpleNamespace(dls=SimpleNamespace(train=SimpleNamespace(num_workers=0), device='cuda')))
+    tips,_ = tips_here(['cached','sizes','draft','albumentations'], o)
+    tips = sorted([tips[0],tips[1],*tips[-2:]], key=lambda t: t.place)
+    assert [t.name for t in tips]==['draft','albumentations','32 px','cached'] and not any(a.clashes(b) for a in tips for b in tips if a.kind or b.kind if a is not b)
+    lines = Recipe('a', accuracy, tips=tuple(tips)).dls_code().splitlines()
+    assert [l.split('(')[0] for l in lines]==['dblock = block_with']*3 + ['dblock = cached','dls = dblock.dataloaders']
+    names = {}
+    exec('from fastai.vision.all import *\nfrom fastai_tricks.all import *', names)
+    names['dblock'] = block()
+    for l in lines[:-1]: exec(l, names)
+    opener = next(f for fs in names['dblock'].type_tfms for f in fs if hasattr(f, 'cache'))
+    assert opener.img_cls.__name__=='PILImageDraft' and [type(f).__name__ for f in opener.item_tfms][0]=='_PhotoTfm' and opener.item_tfms[0].size==(32,32)
 
 def test_smoothing_does_not_cost_the_weights_of_classes():
     def tip(**kwargs): return TIPS['smoothing'](here(learner=lambda: SimpleNamespace(loss_func=CrossEntropyLossFlat(**kwargs))))
