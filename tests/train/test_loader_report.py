@@ -81,9 +81,9 @@ def test_the_table(clock):
 
 @pytest.mark.parametrize('workers', [1,2])
 def test_workers_read_ahead(workers):
-    "Items sleep: each worker makes a batch in 8 × 10 ms, whatever the machine does"
-    r = report(learner(.01, n=200, num_workers=workers), .4)
-    assert .5*100*workers<r.facts.loader<1.15*100*workers and r.facts.workers==workers
+    "Items sleep: each worker makes a batch in 8 × 40 ms, whatever the machine does"
+    r = report(learner(.04, n=200, num_workers=workers), .4)
+    assert .5*25*workers<r.facts.loader<1.15*25*workers and r.facts.workers==workers
     assert r.facts.waiting>.5 and r.advice.limit=='loader'
 
 def test_a_slow_network_hides_the_loader():
@@ -127,7 +127,7 @@ def found(learn):
                 rng=[dl.rng.getstate() for dl in learn.dls.loaders], cbs=[id(cb) for cb in learn.cbs if not isinstance(cb, ProgressCallback)], opt=id(learn.opt),
                 pipes=[id(getattr(dl, nm)) for nm in ('after_item','before_batch','after_batch')], loss=id(learn.loss_func),
                 fs=[[id(f) for f in fs] for fs in (dl.after_item.fs,dl.after_batch.fs,*(tl.tfms.fs for tl in dl.dataset.tls))],
-                loader=(dl.device,dl.bs,dl.n,sorted(vars(dl))), names=sorted(vars(learn)), logger=learn.logger)
+                loader=(dl.device,dl.bs,dl.n,dl.fake_l.num_workers,sorted(vars(dl))), names=sorted(vars(learn)), logger=learn.logger)
 
 def same(a, b):
     assert all(map(torch.equal, a.pop('weights'), b.pop('weights')))
@@ -155,7 +155,7 @@ def test_the_learner_stays_as_it_was(workers):
 @pytest.mark.parametrize('where', ['loader','both','network'])
 def test_so_after_an_error(error, where):
     learn = tiny_learner(tiny_dls(item_tfms=[Resize(64),stop := Stop(error('stop'), 10**9)], batch_tfms=Flip()))
-    stop.left = dict(loader=10, both=2+3*8+4, network=10**9)[where] # Two items are looked at for the inputs
+    stop.left = dict(loader=10, both=3*8+4, network=10**9)[where]
     if where=='network':
         calls = []
         def broken(*args):
@@ -227,6 +227,11 @@ def test_a_cache(limits, photos):
     r = report(photo_learner(ft.cached(block(), fill=True), photos))
     assert r.facts.cached=='full' and not r.advice.note and not r.facts.parts # Batches are taken by index
     assert image_source(learn.dls.train)=='cache'
+
+def test_a_full_cache_needs_no_workers(photos):
+    learn = photo_learner(ft.cached(block(), fill=True), photos, num_workers=2)
+    r = report(learn)
+    assert r.facts.workers==0 and not r.facts.shared and learn.dls.train.fake_l.num_workers==2
 
 def test_a_corrupt_image(limits, photos, tmp_path):
     (tmp_path/'a').mkdir()
