@@ -68,13 +68,18 @@ class LoaderHelp:
 
 def _least_seconds(facts): return (1-facts.lost)/facts.training
 
+def _load_seconds(facts):
+    "Of loading an image, in the training: as far as that tells it, since a machine may be slower by then"
+    if not facts.workers: return facts.waiting/facts.training
+    return 1/facts.training if facts.waiting>_free else 1/facts.loader
+
 def _rate_with(facts, share):
     "Images/s of the training where the loader does this share of its work"
-    return 1/max(_least_seconds(facts), 1/facts.training - (1-share)/facts.loader)
+    return 1/max(_least_seconds(facts), 1/facts.training - (1-share)*_load_seconds(facts))
 
 def _more_workers(facts):
     # What was done by the training process itself goes on beside it
-    per_image = max(1, facts.workers)/facts.spare/facts.loader
+    per_image = _load_seconds(facts)*max(1, facts.workers)/facts.spare
     return LoaderHelp(f'`num_workers={facts.spare}`', 1/max(_least_seconds(facts), per_image), 0, f'now {facts.workers}')
 
 def _helps(facts):

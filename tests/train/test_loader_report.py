@@ -328,6 +328,12 @@ def test_reading_ahead():
     def rate(loader, step): return loader_advice(LoaderFacts(loader, step, 1/(1/loader+1/step), step/(loader+step), spare=1)).helps[0].rate
     assert rate(100, 50)==pytest.approx(50) and rate(50, 100)==pytest.approx(50)
 
+@pytest.mark.parametrize('workers,rate', [(0,1/(.2*.25+.8*.25*.1)), (1,1/(.25*.2))])
+def test_a_machine_that_became_slower(workers, rate):
+    "The loader alone was timed at twice its speed: what counts is what the training waited"
+    advice = loader_advice(LoaderFacts(10., 30., 4., .8, workers=workers, tries=(('cached',.1),)))
+    assert advice.helps[0].rate==pytest.approx(rate)
+
 def test_workers_on_the_cores_of_the_training():
     busy = LoaderFacts(400., 200., 150., .05, workers=2, shared=True, tries=(('cached',.01),))
     assert busy.lost==pytest.approx(.25) and loader_advice(busy).limit=='loader' and 'workers on the same cores' in str(loader_advice(busy))
