@@ -246,6 +246,7 @@ def rows_of(
 class ByIndex:
     "Goes before a loader class of fastai's: `by_index` makes such classes"
     _rows = _rows_for = None
+    _starting = False
 
     def before_iter(self):
         super().before_iter()
@@ -257,15 +258,21 @@ class ByIndex:
             self._rows,self._rows_for = rows_of(self, old),key
         if self._rows is None: return
         self._rows.check()
-        if not self.timeout and self._rows.is_quick(): self.fake_l.num_workers = 0
+        if self._starting and not self.needs_workers: self.fake_l.num_workers = 0
+
+    @property
+    def needs_workers(self):
+        "Do workers help, once an epoch has begun? Rows are quicker to copy than to get from another process"
+        return self.timeout>0 or self._rows is None or not self._rows.is_quick()
 
     def __iter__(self):
-        n = self.fake_l.num_workers
+        n,self._starting = self.fake_l.num_workers,True # Others call `before_iter` without a loop
         try:
             for b in super().__iter__():
-                self.fake_l.num_workers = n # It was read when the first batch was asked for
+                # It was read when the first batch was asked for
+                self.fake_l.num_workers,self._starting = n,False
                 yield b
-        finally: self.fake_l.num_workers = n
+        finally: self.fake_l.num_workers,self._starting = n,False
 
     def create_batches(self, samps):
         if self._rows is None: yield from super().create_batches(samps)

