@@ -3,7 +3,10 @@ PY := .venv/bin/python
 DATA ?=
 PAGES ?=
 
-.PHONY: demo test test-xla docs test-docs readme pages bench dist clean
+# A Python of this version where there is one (of pyenv's too), else python3
+python = $(or $(shell PYENV_VERSION=$(1) python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
+
+.PHONY: demo test test-floor test-kaggle test-xla kaggle docs test-docs readme pages bench dist clean
 
 .venv/ok: settings.ini setup.py pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
@@ -15,6 +18,29 @@ demo: .venv/ok ## train with and without ProgressiveResize; DATA=folder with a f
 
 test: .venv/ok ## export in sync, pages clean, pages, tests, wheel
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run.sh
+
+FLOOR_PYTHON ?= $(call python,3.10)
+.venv-floor/ok: settings.ini setup.py pyproject.toml tools/versions.py
+	test -x .venv-floor/bin/python || $(FLOOR_PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python tools/versions.py floor > .venv-floor/constraints.txt
+	.venv-floor/bin/python -m pip install -q --no-compile -c .venv-floor/constraints.txt -e '.[albumentations,distributed,demo]' pytest pytest-xdist hypothesis
+	touch $@
+
+test-floor: .venv-floor/ok ## a core of the tests with the lowest versions that settings.ini names, in an environment of their own
+	PATH="$(CURDIR)/.venv-floor/bin:$$PATH" bash tests/run_floor.sh
+
+.venv-kaggle/ok: settings.ini tools/versions.py
+	test -x .venv-kaggle/bin/python || $(call python,$(shell sed -n 's/kaggle_python = //p' settings.ini)) -m venv .venv-kaggle
+	.venv-kaggle/bin/python tools/versions.py kaggle > .venv-kaggle/image.txt
+	.venv-kaggle/bin/python -m pip install -q --no-compile -r .venv-kaggle/image.txt
+	touch $@
+
+kaggle: .venv/ok ## dist/kaggle: the wheels to upload to Kaggle as a data set, for notebooks without internet
+	rm -rf build
+	$(PY) tools/kaggle.py dist/kaggle
+
+test-kaggle: kaggle .venv-kaggle/ok ## the tutorial "On Kaggle" in an environment of its image's versions, without a network
+	$(PY) tools/try_kaggle.py dist/kaggle .venv-kaggle/bin/python
 
 .venv-xla/ok: settings.ini setup.py pyproject.toml
 	test -x .venv-xla/bin/python || python3 -m venv .venv-xla
@@ -74,4 +100,4 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	$(if $(and $(DATA),$(RESNET18)),$(PY) benchmarks/targets.py --data "$(DATA)" --resnet18 "$(RESNET18)")
 
 clean:
-	rm -rf .venv .venv-xla _proc _docs build dist demo *.egg-info
+	rm -rf .venv .venv-floor .venv-kaggle .venv-xla _proc _docs build dist demo *.egg-info

@@ -11,7 +11,7 @@ from fastai_tricks.core.test_utils import tiny_learner
 
 FOLDER = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'
 TUTORIALS = sorted(FOLDER.glob('*.ipynb'))
-NOT_RUN = 'two_gpus.ipynb', # Needs two GPUs
+NOT_RUN = 'two_gpus.ipynb','kaggle.ipynb' # Needs two GPUs; the folders of Kaggle (`make test-kaggle`)
 each = pytest.mark.parametrize('file', TUTORIALS, ids=lambda f: f.stem)
 
 def cells(file): return json.loads(file.read_text(encoding='utf-8'))['cells']

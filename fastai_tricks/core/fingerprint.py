@@ -46,12 +46,14 @@ def looked_up(
 _writers = {'append','appendleft','extend','insert','add','update','setdefault','pop','clear','remove','write'}
 _loads = 'LOAD_GLOBAL','LOAD_NAME','LOAD_DEREF'
 
+_copies = 'COPY','DUP_TOP','DUP_TOP_TWO' # The first since Python 3.11
+
 def _begins(before, depth):
     "Where the expression begins that lies so deep on the stack, among the instructions before it is used"
     at = 0
     for n,i in reversed(list(enumerate(before))):
         at += dis.stack_effect(i.opcode, i.arg)
-        if at>=depth and i.opname!='COPY': return n
+        if at>=depth and i.opname not in _copies: return n
         at = min(at, depth-1)
 
 def _writes(code):

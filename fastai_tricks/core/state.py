@@ -96,6 +96,10 @@ def _curves(recorder):
     if curves['losses']: curves['losses'] = torch.stack(list(map(torch.as_tensor, curves['losses'])))
     return curves
 
+def _smooth_state(loss):
+    "Before any step, fastai's average has neither in some versions"
+    return [getattr(loss, 'count', 0), getattr(loss, 'val', torch.tensor(0.))]
+
 def get_state(
     learn:Learner, # With an optimiser; of several processes, in all of them
 )->dict: # Plain types and tensors
@@ -106,7 +110,7 @@ def get_state(
         model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
         **get_random_state(learn), curves=_curves(learn.recorder), scaler=scaler.state_dict() if scaler is not None else {},
         frozen_idx=learn.opt.frozen_idx, requires_grad=[p.requires_grad for p in ps], grads=[_grad_state(p) for p in ps],
-        smooth_loss=[loss.count, loss.val], statistics=[[f.mean,f.std] for f in _normalizes(learn)],
+        smooth_loss=_smooth_state(loss), statistics=[[f.mean,f.std] for f in _normalizes(learn)],
         callbacks={k:_callback_state(cb) for k,cb in _keyed(learn.cbs)}))
 
 def _set_opt_state(opt, state):

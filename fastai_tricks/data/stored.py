@@ -15,6 +15,7 @@ from functools import lru_cache
 from torchvision.transforms.functional import pad as tvpad
 from fastai.vision.all import *
 from .draft import reduced_span
+from .transforms import copy_tfm
 
 # %% ../../nbs/data/stored.ipynb #f60266e8
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def asked_part(
     img_cls:type=PILImage,
 )->Part:
     "The part that a transform asks for in validation"
-    return asked_parts(copy(f), [wh], [img_cls], split_idx=1)[0]
+    return asked_parts(copy_tfm(f), [wh], [img_cls], split_idx=1)[0]
 
 # %% ../../nbs/data/stored.ipynb #3cdde022
 # What looks at an image before it is cut, and needs none of its pixels

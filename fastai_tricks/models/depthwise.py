@@ -150,24 +150,6 @@ def init_for(
 
 _bar = partial(progress_bar, leave=False)
 
-@delegates(plan_depthwise, but=['model','init'])
-def to_depthwise(
-    model:nn.Module, # Stays as it is
-    batches=None, # Training images, normalised, without augmentation: a tensor `(n,c,h,w)`, or a loader
-    init:str=None, # 'svd': closest weights; 'fit': closest outputs on `batches`; 'random'. Default: 'fit' with images, else 'svd'
-    n:int=None, # Images for 'fit' and for the statistics of batch norms, in one batch; default: 512 of 144 px, fewer of larger ones
-    size:int=224, # Pixels, or `(h,w)`, of random images that 'faster' times with where there are no `batches`
-    verbose:bool=True, # Say what is done, with a progress bar?
-    **kwargs
-)->nn.Module: # The converted copy
-    "Convert dense k×k convolutions to depthwise-separable ones that keep what they know"
-    plan = plan_depthwise(model, init=init_for(init, batches), **kwargs)
-    inputs = inputs_of(model, batches, n, size)
-    bar = _bar if verbose else iter
-    plan = timed_plan(model, replace(plan, images=inputs.n), inputs, bar)
-    if verbose: print(plan)
-    return converted(model, plan, inputs, bar)[0]
-
 # %% ../../nbs/models/depthwise.ipynb #ef7810fd
 @patch
 @delegates(plan_depthwise, but=['model','init'])
@@ -185,3 +167,22 @@ def to_depthwise(self:Learner,
     self.model,self.opt = converted(self.model, plan, inputs, bar)[0],None
     if frozen: self.freeze_to(frozen)
     return self
+
+# %% ../../nbs/models/depthwise.ipynb #abe51e4a
+@delegates(plan_depthwise, but=['model','init'])
+def to_depthwise(
+    model:nn.Module, # Stays as it is
+    batches=None, # Training images, normalised, without augmentation: a tensor `(n,c,h,w)`, or a loader
+    init:str=None, # 'svd': closest weights; 'fit': closest outputs on `batches`; 'random'. Default: 'fit' with images, else 'svd'
+    n:int=None, # Images for 'fit' and for the statistics of batch norms, in one batch; default: 512 of 144 px, fewer of larger ones
+    size:int=224, # Pixels, or `(h,w)`, of random images that 'faster' times with where there are no `batches`
+    verbose:bool=True, # Say what is done, with a progress bar?
+    **kwargs
+)->nn.Module: # The converted copy
+    "Convert dense k×k convolutions to depthwise-separable ones that keep what they know"
+    plan = plan_depthwise(model, init=init_for(init, batches), **kwargs)
+    inputs = inputs_of(model, batches, n, size)
+    bar = _bar if verbose else iter
+    plan = timed_plan(model, replace(plan, images=inputs.n), inputs, bar)
+    if verbose: print(plan)
+    return converted(model, plan, inputs, bar)[0]

@@ -132,6 +132,23 @@ def _report(model, plan, inputs):
     x = inputs.timing[0]
     return DepthwiseReport(pd.DataFrame(rows), plan, *gains, len(x), tuple(x.shape[-2:]))
 
+# Above the function: before 1.9, fastcore's `patch` leaves None under a method's name in its module
+@patch
+@delegates(plan_depthwise, but=['model','init'])
+def depthwise_report(self:Learner,
+    init:str='fit', # 'fit': closest outputs on training images; 'svd': closest weights; 'random'
+    n:int=None, # Training images for 'fit' and for the error of the outputs; default: 512 of 144 px, fewer of larger ones
+    bs:int=8, # Images in a timing, 2 or more
+    **kwargs
+)->DepthwiseReport:
+    "Measure what converting the model to depthwise convolutions is worth, layer by layer; changes nothing"
+    check_int('bs', bs, least=2)
+    plan = plan_depthwise(self.model, init=init, **kwargs)
+    inputs = learner_inputs(self, n, bs)
+    res = _report(self.model, replace(plan, images=inputs.n), inputs)
+    say(self, str(res))
+    return res
+
 @delegates(plan_depthwise, but=['model','init'])
 def depthwise_report(
     model:nn.Module, # Stays as it is
@@ -148,20 +165,4 @@ def depthwise_report(
     inputs = inputs_of(model, batches, n, size, bs)
     res = _report(model, replace(plan, images=inputs.n), inputs)
     print(res)
-    return res
-
-@patch
-@delegates(plan_depthwise, but=['model','init'])
-def depthwise_report(self:Learner,
-    init:str='fit', # 'fit': closest outputs on training images; 'svd': closest weights; 'random'
-    n:int=None, # Training images for 'fit' and for the error of the outputs; default: 512 of 144 px, fewer of larger ones
-    bs:int=8, # Images in a timing, 2 or more
-    **kwargs
-)->DepthwiseReport:
-    "Measure what converting the model to depthwise convolutions is worth, layer by layer; changes nothing"
-    check_int('bs', bs, least=2)
-    plan = plan_depthwise(self.model, init=init, **kwargs)
-    inputs = learner_inputs(self, n, bs)
-    res = _report(self.model, replace(plan, images=inputs.n), inputs)
-    say(self, str(res))
     return res

@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core.checks import check_arg
 from ..core.learner import swapped
+from ..data.transforms import copy_tfm
 
 # %% ../../nbs/resize/strength.ipynb #b3b9a5c0
 def check_strength(
@@ -41,7 +42,7 @@ def _rarer(f, s):
     "`f` with its probability times `s`"
     if isinstance(f, partial) and 'p' in f.keywords: return partial(f, p=s*f.keywords['p'])
     if not hasattr(f, 'p'): return f
-    f = copy(f)
+    f = copy_tfm(f)
     f.p *= s
     return f
 
@@ -49,7 +50,7 @@ def _weaker_tfm(f, s):
     if hasattr(f, 'at_strength'): return f.at_strength(s)
     if isinstance(f, (FlipItem,DihedralItem,RandomErasing)): return _rarer(f, s)
     if not isinstance(f, (AffineCoordTfm,SpaceTfm)): return f
-    f = copy(f)
+    f = copy_tfm(f)
     for k in ('aff_fs','coord_fs','fs'):
         if hasattr(f, k): setattr(f, k, L(getattr(f, k)).map(_rarer, s=s))
     return f
