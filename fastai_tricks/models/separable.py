@@ -27,11 +27,12 @@ class DepthwiseSeparableConv(nn.Sequential):
         **kwargs # Its `dilation` and `padding_mode`; `device` and `dtype` of all layers
     ):
         mid = in_channels*multiplier
-        where = {k:v for k,v in kwargs.items() if k in ('device','dtype')}
+        where = {k:kwargs.pop(k) for k in ('device','dtype') if k in kwargs}
         super().__init__()
         self.depthwise = conv(in_channels, mid, kernel_size, stride=stride, padding=padding, groups=in_channels, bias=False, **kwargs)
-        if norm: self.norm = nn.BatchNorm2d(mid, **where)
-        self.pointwise = nn.Conv2d(mid, out_channels, 1, bias=bias, **where)
+        if norm: self.norm = nn.BatchNorm2d(mid)
+        self.pointwise = nn.Conv2d(mid, out_channels, 1, bias=bias)
+        self.to(**where) # Before 1.0.21, timm's convolutions take neither
 
     @classmethod
     def like(cls,
