@@ -42,13 +42,16 @@ kaggle: .venv/ok ## dist/kaggle: the wheels to upload to Kaggle as a data set, f
 test-kaggle: kaggle .venv-kaggle/ok ## the tutorial "On Kaggle" in an environment of its image's versions, without a network
 	$(PY) tools/try_kaggle.py dist/kaggle .venv-kaggle/bin/python
 
-.venv-xla/ok: settings.ini setup.py pyproject.toml
-	test -x .venv-xla/bin/python || python3 -m venv .venv-xla
-	.venv-xla/bin/python -m pip install -q --no-cache-dir -e '.[dev,tpu]' 'torch==2.9.*' 'torchvision==0.24.*' 'torch_xla==2.9.0'
+# torch_xla's version, 2.8.0 (Kaggle's) or 2.9.0; PyTorch's and torchvision's go with it
+XLA ?= 2.9.0
+xla_env := .venv-xla$(if $(filter-out 2.9.0,$(XLA)),-$(XLA))
+$(xla_env)/ok: settings.ini setup.py pyproject.toml
+	test -x $(xla_env)/bin/python || python3 -m venv $(xla_env)
+	$(xla_env)/bin/python -m pip install -q --no-cache-dir -e '.[dev,tpu]' 'torch==$(basename $(XLA)).*' 'torchvision==0.$(shell expr $(word 2,$(subst ., ,$(XLA))) + 15).*' 'torch_xla==$(XLA)'
 	touch $@
 
-test-xla: .venv-xla/ok ## the TPU's tests and page, on eight virtual cores, in an environment of their own
-	PATH="$(CURDIR)/.venv-xla/bin:$$PATH" bash tests/run_xla.sh
+test-xla: $(xla_env)/ok ## the TPU's tests and page, on eight virtual cores, in an environment of their own; XLA=2.8.0: with that torch_xla
+	PATH="$(CURDIR)/$(xla_env)/bin:$$PATH" bash tests/run_xla.sh
 
 .venv/docs: .venv/ok
 	$(PY) -m pip install -q -e '.[docs]'
@@ -100,4 +103,4 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	$(if $(and $(DATA),$(RESNET18)),$(PY) benchmarks/targets.py --data "$(DATA)" --resnet18 "$(RESNET18)")
 
 clean:
-	rm -rf .venv .venv-floor .venv-kaggle .venv-xla _proc _docs build dist demo *.egg-info
+	rm -rf .venv .venv-floor .venv-kaggle .venv-xla* _proc _docs build dist demo *.egg-info

@@ -8,4 +8,4 @@ echo '== page'
 nbdev-test nbs/devices/xla.ipynb --n-workers 0 --flags tpu --timing
 
 echo '== tests'
-python -m pytest -q tests/devices/test_xla.py
+python -m pytest -q tests/devices/test_xla.py tests/devices/test_tpu.py

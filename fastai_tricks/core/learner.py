@@ -7,7 +7,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/core/learner.html.md"""
 # %% auto #0
 __all__ = ['swapped', 'is_training', 'say', 'OnlyTrain', 'ScoreFirst', 'score_first', 'trained_epochs', 'kept_record',
            'keep_random', 'keep_loader_random', 'item_at', 'items_batch', 'peek', 'evaluating', 'copy_model',
-           'device_of', 'batch_size', 'n_items', 'fitting_bs', 'check_steps']
+           'device_of', 'on_tpu', 'batch_size', 'n_items', 'fitting_bs', 'check_steps']
 
 # %% ../../nbs/core/learner.ipynb #759c3b70
 import itertools
@@ -181,6 +181,12 @@ def device_of(
 )->torch.device:
     "The device that `Learner.fit` moves the model to"
     return torch.device(getattr(learn.dls, 'device', default_device()) or next(learn.model.parameters()).device)
+
+def on_tpu(
+    learn:Learner,
+)->bool:
+    "Does `learn` train on a TPU, by torch_xla or by torch_tpu?"
+    return device_of(learn).type in ('xla','tpu')
 
 def batch_size(
     dl, # fastai or PyTorch `DataLoader`

@@ -21,6 +21,7 @@ from ..core.checks import check_arg
 from ..core.learner import is_training, peek, say, swapped
 from ..core.processes import from_all
 from ..core.state import crc_of, named_items
+from .tpu import has_torch_tpu
 
 # %% ../../nbs/devices/distributed.ipynb #283e15af
 def share_of(
@@ -267,6 +268,7 @@ def join_processes(
     is_number = isinstance(timeout, (int,float)) and not isinstance(timeout, bool)
     check_arg(is_number and timeout>0, 'timeout', timeout, 'seconds, above 0')
     if num_distrib()<2: return
+    check_arg(cpu or not has_torch_tpu(), 'cpu', cpu, 'True on a machine with torch_tpu, whose devices Accelerate does not know')
     accelerate,cuda = _accelerate(),torch.cuda.is_available()
     if cpu is None: cpu = not cuda
     check_arg(cpu or cuda, 'cpu', cpu, 'True or None, as there is no CUDA device')

@@ -74,11 +74,17 @@ def _lazy_loss(recorder, every):
 
 @contextmanager
 def _default_device(dls, device):
-    "`dls.device`, not by its setter, which moves the loaders too"
+    "`dls.device`, not by its setter, which moves the loaders too; what `export` writes is for the CPU"
     had,was = '_device' in vars(dls),vars(dls).get('_device')
+    new_empty = dls.new_empty
+    def on_cpu():
+        # PyTorch cannot unpickle a device that it does not have
+        with swapped(dls, '_device', torch.device('cpu')): return new_empty()
+    vars(dls)['new_empty'] = on_cpu
     dls._device = device
     try: yield
     finally:
+        del vars(dls)['new_empty']
         if had: dls._device = was
         else: del dls._device
 
@@ -107,11 +113,19 @@ class _XLA(Callback):
 
     @property
     def cores(self): return self.mesh.mesh_shape[0]
+    @property
+    def axis(self): return self.mesh.axis_names[0]
+    def sync(self): self.tx.sync()
+
+    def open(self):
+        "The device"
+        self.began = _counts(self.tx)
+        return self.tx.device()
 
     def start(self):
         "Everything that `from_xla` has to undo goes on the stack"
         self.stack,self.prepared = ExitStack(),[]
-        self.device,self.began = self.tx.device(),_counts(self.tx)
+        self.device = self.open()
         self.stack.callback(self._back_to, next(self.model.parameters()).device)
         if hasattr(self.learn, 'recorder'): self.stack.enter_context(_lazy_loss(self.recorder, self.every))
         self.before_fit()
@@ -144,10 +158,9 @@ class _XLA(Callback):
     def ship(self, b):
         "`b` on the device, padded to the largest size of this epoch and shared out by its first axis"
         self.size = padded_size(max(find_bs(b), self.size), self.cores)
-        axis = self.mesh.axis_names[0]
         def one(t):
             if not isinstance(t, Tensor): return t
-            return self.shard(t, axis if t.ndim and len(t)==self.size else None)
+            return self.shard(t, self.axis if t.ndim and len(t)==self.size else None)
         return apply(one, pad_batch(b, self.size))
 
     def before_batch(self):
@@ -160,12 +173,12 @@ class _XLA(Callback):
         if self.training: return
         # Put together within the graph: to fetch it in pieces compiles every time
         pred = apply(lambda t: self.shard(t) if isinstance(t, Tensor) else t, self.pred)
-        self.tx.sync()
+        self.sync()
         self.learn.xb = self.true_xb
         self.learn.pred = cut_batch(to_detach(pred), self.size, find_bs(self.xb))
 
     def after_batch(self):
-        if self.training: self.tx.sync()
+        if self.training: self.sync()
 
     def after_train(self):
         loss = getattr(getattr(self.learn, 'recorder', None), 'smooth_loss', None)
@@ -197,6 +210,19 @@ def _tfms_on_cpu(dl):
     fs = getattr(getattr(dl, 'after_batch', None), 'fs', [])
     return tuple(type(f).__name__ for f in fs if not isinstance(f, (IntToFloatTensor,Normalize)))
 
+def _check_args(last, every, bf16):
+    check_arg(last in ('drop','pad'), 'last', last, "'drop' or 'pad'")
+    check_int('every', every)
+    check_arg(bf16 in (True,False), 'bf16', bf16, 'True or False')
+
+def _attach(learn, cb, bf16):
+    "All of it or nothing"
+    learn.remove_cbs(cb.mixed).add_cbs([cb, _XLAInput(), *[DeviceMixedPrecision(torch.bfloat16)]*bf16])
+    try: cb.start()
+    except BaseException:
+        learn.from_xla()
+        raise
+
 @patch
 def to_xla(self:Learner,
     mesh=None, # `torch_xla.distributed.spmd.Mesh`, batches are shared out along its first axis; default: all cores in one axis
@@ -206,20 +232,13 @@ def to_xla(self:Learner,
 ):
     "Train, validate and predict on all cores of a TPU, each batch shared out"
     if _attached(self): return self
-    check_arg(last in ('drop','pad'), 'last', last, "'drop' or 'pad'")
-    check_int('every', every)
-    check_arg(bf16 in (True,False), 'bf16', bf16, 'True or False')
+    _check_args(last, every, bf16)
     check_arg(mesh is None or hasattr(mesh, 'mesh_shape'), 'mesh', mesh, 'a `torch_xla.distributed.spmd.Mesh` or None')
     n,tx = start_xla(),_import_xla()
     if mesh is None: mesh = tx.distributed.spmd.Mesh(np.arange(n), (n,), ('data',))
-    mixed = self._grab_cbs(MixedPrecision)
-    cb = _XLA(tx, mesh, last, every, mixed)
+    cb = _XLA(tx, mesh, last, every, self._grab_cbs(MixedPrecision))
     plan = XLAPlan(cb.cores, batch_size(self.dls.train), bf16, _tfms_on_cpu(self.dls.train))
-    self.remove_cbs(mixed).add_cbs([cb, _XLAInput(), *[DeviceMixedPrecision(torch.bfloat16)]*bf16])
-    try: cb.start()
-    except BaseException:
-        self.from_xla()
-        raise
+    _attach(self, cb, bf16)
     say(self, str(plan))
     return self
 
@@ -246,7 +265,7 @@ def xla_report(self:Learner
 )->pd.DataFrame: # One row each for compilations, executions, fetches, and `aten::` operations that ran on the CPU instead
     "What the runtime did since `to_xla`: counts and seconds"
     cb = _attached(self)
-    if cb is None: raise RuntimeError('nothing to report: call `learn.to_xla()` first')
+    if cb is None or cb.tx is None: raise RuntimeError('nothing to report: call `learn.to_xla()` first')
     rows = []
     cb.tx.core.xla_model.wait_device_ops() # What still runs is counted when it ends
     for k,(n,s) in _counts(cb.tx).items():

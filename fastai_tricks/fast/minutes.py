@@ -17,7 +17,7 @@ from fastai.vision.all import *
 from fastai.callback.tracker import SaveModelCallback
 from ..core.batch import image_hw, is_image, size_text
 from ..core.checks import check_arg, plural
-from ..core.learner import batch_size, device_of, is_training, keep_loader_random, n_items, OnlyTrain, say, swapped
+from ..core.learner import batch_size, device_of, is_training, keep_loader_random, n_items, on_tpu, OnlyTrain, say, swapped
 from ..core.loader import LoaderProxy
 from .steps import body_norms, ScoreHead, SmallFirst, TrainAll, TrainHead
 from ..models.fit_head import head_plan
@@ -365,7 +365,7 @@ def plan_within(
 ): # `FastPlan`
     "Time a few steps, and plan the epochs"
     accepted = "None with several processes, on a TPU, and with loaders that have no length"
-    check_arg(num_distrib()<=1 and device_of(learn).type!='xla' and n_items(learn.dls.train), 'minutes', minutes, accepted)
+    check_arg(num_distrib()<=1 and not on_tpu(learn) and n_items(learn.dls.train), 'minutes', minutes, accepted)
     cb,whole = _resizing(learn, cbs),plan.steps[-1]
     if isinstance(whole.resize, SmallFirst): sides = whole.resize.sizes
     elif there := whole.resize or cb: sides = sorted({min(s) for s in there.plan(image_size(learn)).sizes})

@@ -18,7 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.vision.all import *
 from ..core.batch import image_hw, is_image, split_batch
 from ..core.checks import check_arg, plural
-from ..core.learner import batch_size, check_steps, device_of, keep_loader_random, n_items, OnlyTrain, say, swapped
+from ..core.learner import batch_size, check_steps, device_of, keep_loader_random, n_items, on_tpu, OnlyTrain, say, swapped
 from ..core.loader import LoaderProxy
 from ..core.timing import seconds_of
 from ..data.cache import opens_at
@@ -450,6 +450,6 @@ def tells_waiting(
     "Yield these callbacks and one more, and say after the fit whether it waited for images"
     clock = WaitClock()
     # Loaders of several processes and of a TPU are not fastai's own
-    alone = num_distrib()<=1 and device_of(learn).type!='xla'
+    alone = num_distrib()<=1 and not on_tpu(learn)
     yield [*cbs, clock] if alone else [*cbs]
     if line := _worth_a_line(learn, clock): say(learn, f'{who}: {line}')
