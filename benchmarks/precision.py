@@ -17,6 +17,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import Learner, vision_learner
 from fastai_tricks.all import lite0_weights, sample_images
+from fastai_tricks.train.variants import dtype_names
 from safetensors import safe_open
 from common import environment, loaders, photos, write_results
 
@@ -26,23 +27,28 @@ def file(a): return Path(__file__).parent/f'precision_{a.name}.json'
 def results(a): return json.loads(file(a).read_text()) if file(a).exists() else {}
 def save(a, part, res): write_results(file(a), {**results(a), part: res})
 
+def chosen(learn, turns, **kwargs):
+    "What `to_mixed` chooses, and how it stands among all that `precision_report` measures; the latter's table"
+    out = io.StringIO()
+    began = time.perf_counter()
+    with redirect_stdout(out): learn.to_mixed()
+    seconds, said = time.perf_counter()-began, re.sub(r'\s+', ' ', out.getvalue()).strip()
+    dtype, last = dtype_names[getattr(getattr(learn, 'mixed_precision', None), 'dtype', torch.float32)], hasattr(learn, 'channels_last')
+    learn.from_mixed()
+    with learn.no_logging(): df = learn.precision_report(turns=turns, compile=False, **kwargs).df
+    row = df[(df['dtype']==dtype) & (df['channels_last']==last)].iloc[0]
+    variants = json.loads(df.drop(columns=['size','dtype']).to_json(orient='records'))
+    return dict(chose=row['variant'], said=said, seconds_to_choose=seconds, ratio=row['ratio'], ratio_min=row['ratio_min'], ratio_max=row['ratio_max'], n=int(row['n']), variants=variants), df
+
 def speed(a):
     files, valid = photos(sample_images(), 4, 2)
     rows = []
     for name in a.models:
         for size in a.sizes:
             learn = Learner(loaders(files, valid, size, 0, bs=a.bs), timm.create_model(name, num_classes=36))
-            out = io.StringIO()
-            began = time.perf_counter()
-            with redirect_stdout(out): learn.to_mixed()
-            seconds, said = time.perf_counter()-began, re.sub(r'\s+', ' ', out.getvalue()).strip()
-            dtype, last = ('bf16' if hasattr(learn, 'mixed_precision') else 'fp32'), hasattr(learn, 'channels_last')
-            learn.from_mixed()
-            with learn.no_logging(): df = learn.precision_report(turns=a.turns, compile=False).df
-            row = df[(df['dtype']==dtype) & (df['channels_last']==last)].iloc[0]
-            rows.append(dict(model=name, size=size, chose=row['variant'], said=said, seconds_to_choose=seconds, ratio=row['ratio'], ratio_min=row['ratio_min'], ratio_max=row['ratio_max'], n=int(row['n']),
-                             variants=json.loads(df.drop(columns=['size','dtype']).to_json(orient='records'))))
-            print(f"{name:22} {size} px: {row['variant']}, {row['ratio']:.2f} of fp32's speed ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})  [{said}, {seconds:.0f} s]", flush=True)
+            row, df = chosen(learn, a.turns)
+            rows.append(dict(model=name, size=size, **row))
+            print(f"{name:22} {size} px: {row['chose']}, {row['ratio']:.2f} of fp32's speed ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})  [{row['said']}, {row['seconds_to_choose']:.0f} s]", flush=True)
             print(df.drop(columns=['size','dtype','channels_last','compile']).to_string(float_format='{:.3f}'.format), flush=True)
             save(a, 'speed', dict(environment=environment(), settings=dict(bs=a.bs, turns=a.turns, images='embedded pictures'), results=rows))
 
