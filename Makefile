@@ -6,7 +6,7 @@ PAGES ?=
 # A Python of this version where there is one (of pyenv's too), else python3
 python = $(or $(shell PYENV_VERSION=$(1) python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
 
-.PHONY: demo test test-floor test-kaggle test-xla kaggle docs test-docs readme pages bench dist clean
+.PHONY: demo test test-floor test-kaggle test-xla kaggle gpu-wheels gpu docs test-docs readme pages bench dist clean
 
 .venv/ok: settings.ini setup.py pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
@@ -73,6 +73,15 @@ dist: .venv/ok ## sdist and wheel in dist/, and the wheel tried in a new environ
 	rm -rf dist build
 	$(PY) -m build
 	bash tools/try_dist.sh
+
+GPU_PY ?= python3
+WEIGHTS ?=
+gpu: ## the measurements on one CUDA GPU, eight minutes, without a network, by a Python that has torch (GPU_PY=python3) and the wheels of gpu-wheels; DATA= and WEIGHTS=folder
+	$(GPU_PY) benchmarks/gpu.py $(if $(DATA),--data "$(DATA)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+gpu-wheels: .venv/ok ## wheels/: what a machine with Python 3.12, torch and the usual packages needs beyond those for `make gpu`, to be installed without a network
+	rm -rf wheels
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tools/gpu_wheels.sh wheels
 
 bench: .venv/ok ## the measurements: seconds until plain's score, decoding and loading, precision, subsets, depthwise, attention maps, from scratch (an hour), and with DATA=folder of a folder per class fine-tuning, warm-up, the climb and which tips pay (longer)
 	$(PY) benchmarks/scratch.py

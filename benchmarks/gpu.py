@@ -11,7 +11,7 @@ A machine with Python 3.12, torch, torchvision and the usual packages (numpy, sc
 where there is one, `make gpu-wheels` puts all else into the folder `wheels`; there, in a copy of this repository with that folder,
 
     python -m pip install --no-index --find-links wheels --no-deps wheels/*.whl
-    python benchmarks/gpu.py --data FOLDER
+    python benchmarks/gpu.py --data FOLDER --weights FOLDER
 
 Each part has a share of the minutes; what it does not need goes to those after it. It is measured turn by turn, the ways that are compared interleaved, and what
 is there is written after each turn. A part that fails, or whose time is up, is recorded as such, with what it had; the others are measured, in a new process.
@@ -93,7 +93,7 @@ def measure(res, todo, deadline, command, save):
             save(res)
             for f in state.glob('part-*.json'): f.unlink()
             left = [o for o in todo if o[0] not in res['parts']]
-            if name is None and left==todo: raise SystemExit(f'the process that measures ended with {process.returncode}, before the first part')
+            if name is None and left==todo and time.time()<deadline: raise SystemExit(f'the process that measures ended with {process.returncode}, before the first part')
             todo = left
     for name, _ in todo: res['parts'][name] = dict(status='out of time', seconds=0, results=[], says='')
     save(res)

@@ -101,15 +101,15 @@ def test_compared_with_the_first_line_of_the_same_seed(parts):
     assert b['reached']==1 and b['time_to']['median']==.2
     assert '(1 of 2 runs)' in parts._says([a,b], ['a','b'], dict(train=1, size=1, test=1))
 
-def test_no_turn_begins_that_would_not_end_in_time(parts):
+def test_no_turn_begins_that_would_not_end_in_time(parts, monkeypatch):
+    clock,seen = SimpleNamespace(now=0.),[]
+    monkeypatch.setattr(parts, 'time', SimpleNamespace(time=lambda: clock.now))
     def turns():
         for i in range(99):
-            time.sleep(.1)
+            clock.now += 1
             yield dict(results=[i])
-    seen = []
-    began = time.time()
-    parts.measure(turns(), began+.55, lambda o: seen.append(dict(o)))
-    assert seen[-1]['status']=='out of time' and time.time()-began<.56 and 1<=seen[-1]['results'][0]<=4
+    parts.measure(turns(), 5.5, lambda o: seen.append(dict(o)))
+    assert seen[-1]['status']=='out of time' and clock.now==5 and seen[-1]['results']==[4] and seen[-1]['seconds']==5
     assert [o['results'] for o in seen[:3]]==[[],[0],[1]] and seen[1]['status']=='running'
 
 # The process that watches ---------------------------------------------------------------
