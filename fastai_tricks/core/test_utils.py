@@ -80,5 +80,6 @@ def gpu_line(
     res = _gpu_results() if results is None else results
     device = res.get('device', {})
     # In miniature, or on a CPU, the script tries itself: that is no measurement
-    if device.get('type')!='cuda' or res.get('small') or not any(res['parts'].get(p, {}).get('says') for p in parts): return 'Not measured on a GPU.'
+    real = device.get('type')=='cuda' and not res.get('small')
+    if not (real and any(res['parts'].get(p, {}).get('says') for p in parts)): return 'Not measured on a GPU.'
     return f"On one {device['name']} (torch {device['torch']}, CUDA {device['cuda']}): " + ' '.join(_part_text(res, p) for p in parts)
