@@ -181,11 +181,11 @@ class ImageCache:
         return slot if slot is not None and slot.stat==_stat(file) else None
 
     def knows(self,
-        kinds:list, # `Kind`s
+        kind:Kind,
         file:str|Path,
     )->bool:
         "Is or was a file stored?"
-        return any(_key(file) in self.slots.get(k.name, ()) for k in kinds)
+        return _key(file) in self.slots.get(kind.name, ())
 
     # Which are missing
 
@@ -344,8 +344,8 @@ class OpenStored(Transform):
         "The pictures for training, or for validation"
         return self.kinds[1 if split_idx else 0]
 
-    def _tell(self, file):
-        if file in self.told or not self.cache.knows(self.kinds, file): return
+    def _tell(self, kind, file):
+        if file in self.told or not self.cache.knows(kind, file): return
         self.told.add(file)
         warn(f'cached: {short_path(file)!r} has changed since the loaders were made; it is read from the file. Make them again to store it')
 
@@ -356,7 +356,7 @@ class OpenStored(Transform):
         kind = self.kind(split_idx)
         slot = self.cache.slot(kind, o)
         if slot is None:
-            self._tell(o)
+            self._tell(kind, o)
             return self.img_cls.create(o)
         pixels,open = partial(self.pixels, kind, o, slot),partial(self.img_cls.create, o)
         stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None, random=kind.train)

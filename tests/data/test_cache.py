@@ -445,6 +445,21 @@ def test_training_images_are_evaluated_as_they_are(files):
     b.model.load_state_dict(a.model.state_dict())
     with a.no_bar(), b.no_bar(), a.dls.train_ds.set_split_idx(1), b.dls.train_ds.set_split_idx(1): assert torch.equal(a.get_preds(ds_idx=0)[0], b.get_preds(ds_idx=0)[0])
 
+def test_only_files_that_changed_are_said_to_have_changed(files):
+    "Photos that are asked for in another way than they are stored for: `predict` of a training photo, TTA, training photos as in validation"
+    a,b = (tiny_learner(loaders(make(make_block(Resize(64))), files)) for make in (lambda o: o, cached))
+    b.model.load_state_dict(a.model.state_dict())
+    train = [f for f in files if f not in b.dls.valid_ds.items]
+    def asked(learn):
+        set_seed(1)
+        with learn.no_bar(), learn.no_logging():
+            yield learn.predict(train[0])[2]
+            yield learn.tta(n=1)[0]
+            with learn.dls.train_ds.set_split_idx(1): yield learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False))[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'cached:')
+        assert all(torch.equal(x, u) for x,u in zip(*(list(asked(o)) for o in (a,b)), strict=True))
+
 # Bad input -------------------------------------------------------------------------------------------------------------------------
 
 def test_bad_input(files, tmp_path):
