@@ -135,7 +135,9 @@ class Kind:
 Slot = namedtuple('Slot', 'buffer i wh part stat')
 
 def _stat(file):
-    s = os.stat(file)
+    "`(bytes,time)` of a file; None where there is none"
+    try: s = os.stat(file)
+    except OSError: return None
     return s.st_size,s.st_mtime_ns
 
 def _look(file):
@@ -144,10 +146,6 @@ def _look(file):
         stat = _stat(file)
         with Image.open(file) as im: return stat,tuple(im.size)
     except Exception: return None
-
-def _try_stat(file):
-    try: return _stat(file)
-    except OSError: return None
 
 def _in_threads(f, items):
     with ThreadPoolExecutor(8) as pool: return list(pool.map(f, items))
@@ -193,7 +191,7 @@ class ImageCache:
         "`(file, stat, wh)` of those that are not stored, or have changed since"
         have = self.slots.setdefault(kind.name, {})
         files = list(dict.fromkeys(map(_key, files)))
-        stats = _in_threads(_try_stat, files)
+        stats = _in_threads(_stat, files)
         todo = [f for f,s in zip(files, stats) if f not in have or have[f].stat!=s]
         return [(f,*o) for f,o in zip(todo, _in_threads(_look, todo)) if o is not None]
 
@@ -345,7 +343,7 @@ class OpenStored(Transform):
         return self.kinds[1 if split_idx else 0]
 
     def _tell(self, kind, file):
-        if file in self.told or not self.cache.knows(kind, file): return
+        if file in self.told or not self.cache.knows(kind, file) or not os.path.exists(file): return
         self.told.add(file)
         warn(f'cached: {short_path(file)!r} has changed since the loaders were made; it is read from the file. Make them again to store it')
 

@@ -411,6 +411,17 @@ def test_corrupt_images(files, tmp_path, first):
     assert {Path(f).name for f in learn.corrupt_images['file']}=={own[2].name,own[8].name}
     assert opener(learn.dls).cache.slots, 'nothing was cached'
 
+def test_a_deleted_file_is_a_corrupt_image(files, tmp_path):
+    own = [Path(shutil.copy(f, tmp_path/f'{f.parent.name}{f.name}')) for f in files]
+    block = skip_corrupt(cached(DataBlock((ImageBlock,CategoryBlock), get_y=lambda f: f.name[0], splitter=IndexSplitter(VALID), item_tfms=Resize(32))), max_share=.5)
+    learn = tiny_learner(loaders(block, own))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    own[2].unlink()
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.filterwarnings('error', 'cached:') # It has not changed
+        learn.fit(1)
+    assert [Path(f).name for f in learn.corrupt_images['file']]==[own[2].name]
+
 def test_new_images_and_saved_learners(files, tmp_path):
     new = [Path(shutil.copy(files[3], tmp_path/'new.jpg')),files[0]]
     a,b = (tiny_learner(loaders(make(make_block(Resize(64))), files)) for make in (lambda o: o, cached))
