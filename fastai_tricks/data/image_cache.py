@@ -217,8 +217,9 @@ class ImageCache:
         parts = self._parts(kind, rows)
         shapes = [kind.shape(p) for p in parts]
         if where=='memory': return self._add_slots(kind, rows, PixelBuffer(shapes), parts)
-        n = len(list((self.folder/kind.name).glob('*/index.json')))
-        to = self.folder/kind.name/f'{n:03d}'
+        used = [int(o.parent.name) for o in (self.folder/kind.name).glob('*/index.json') if o.parent.name.isdigit()]
+        to = self.folder/kind.name/f'{max(used, default=-1)+1:03d}'
+        (to/'pixels').unlink(missing_ok=True) # Nothing says of which files these are
         buffer = PixelBuffer(shapes, to/'pixels')
         write_json(rows, to/'index.json')
         self._add_slots(kind, rows, buffer, parts)

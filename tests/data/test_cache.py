@@ -27,7 +27,7 @@ def files(tmp_path_factory):
     return res
 
 def make_block(item_tfms, cls=PILImage, **kwargs):
-    return DataBlock((ImageBlock(cls),CategoryBlock), get_y=parent_label, splitter=IndexSplitter(VALID), item_tfms=item_tfms, **kwargs)
+    return DataBlock((ImageBlock(cls),CategoryBlock), **{'get_y':parent_label, 'splitter':IndexSplitter(VALID), 'item_tfms':item_tfms, **kwargs})
 
 def loaders(block, files, **kwargs): return block.dataloaders(files, **{'bs':4, 'num_workers':0, 'device':'cpu', **kwargs})
 
@@ -299,6 +299,17 @@ def test_other_settings_have_their_own_place(files, tmp_path):
         b = loaders(cached(make_block(f), where='disk', folder=tmp_path/'px', fill=True), files)
         assert same(epoch(b.valid), epoch(loaders(make_block(f), files).valid))
     assert len(list((tmp_path/'px').glob('*/000/index.json')))==4
+
+def test_pixels_of_other_files_are_never_served(files, tmp_path):
+    "A part of the folder was deleted, or its list; the pixels that are left are as many as those that come"
+    block,px = make_block(Resize(64, ResizeMethod.Squish), get_y=lambda f: 'a', splitter=IndexSplitter([0])),tmp_path/'px'
+    def make(fs): return loaders(cached(block, where='disk', folder=px, fill=True), fs, bs=2)
+    for gone in ('*/000','*/001/index.json'):
+        shutil.rmtree(px, ignore_errors=True)
+        make(files[:3]), make(files[:6])
+        for o in px.glob(gone): shutil.rmtree(o) if o.is_dir() else o.unlink()
+        assert len(list(px.glob('*/*/pixels')))==(1 if gone=='*/000' else 2)
+        for dl,was in zip(make(files[6:9]).loaders, loaders(block, files[6:9], bs=2).loaders): assert same(epoch(dl), epoch(was))
 
 @pytest.mark.parametrize('where', ['memory','disk'])
 def test_changed_files_are_never_served(files, tmp_path, where):
