@@ -100,7 +100,7 @@ def _scale(f, wh, img_cls):
     "How much smaller a picture may be for the smallest crop, `(x,y)`"
     if type(f) is Resize:
         part = asked_part(f, wh, img_cls)
-        return tuple(t/s for t,s in zip(part.to, part.sz))
+        return tuple(t/max(s, 1) for t,s in zip(part.to, part.sz)) # Of a photo one pixel wide there may be none
     to,share,(narrow,wide) = getattr(f, 'smallest_crop', None) or (f.size,f.min_scale,f.ratio)
     least = math.sqrt(share*wh[0]*wh[1])
     return to[0]/(least*math.sqrt(narrow)), to[1]*math.sqrt(wide)/least
@@ -209,7 +209,7 @@ def can_cut(
     enlarge:bool=False, # May crops be enlarged?
 )->bool:
     "Can it be cut out of what is stored, and be as sharp?"
-    if not part.is_whole(wh): return False
+    if not part.is_whole(wh) or 0 in want.sz: return False
     if enlarge or part.to==part.sz: return True # The file has no more
     # A pixel for rounding
     have = [s*n/o + 1 for s,n,o in zip(want.sz, part.to, wh)]

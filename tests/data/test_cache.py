@@ -77,6 +77,21 @@ def test_random_crops_are_where_they_would_be(files, f):
     other = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(a.train, 1), epoch(b.train, 2))]
     assert min(other)>.05
 
+def test_photos_of_a_few_pixels(tmp_path):
+    sizes = [(1,1),(1,50),(50,1),(3,2),(400,7),(64,64)]
+    own = [tmp_path/f'{i}.png' for i in range(len(sizes))]
+    for i,f in enumerate(own): Image.fromarray(np.random.default_rng(i).integers(0, 255, (*sizes[i][::-1],3), dtype=np.uint8)).save(f)
+    for f in (Resize((40,90)),Resize((90,40)),RandomResizedCrop((40,90))):
+        block = DataBlock((ImageBlock,CategoryBlock), get_y=lambda f: 'a', splitter=IndexSplitter([0]), item_tfms=f)
+        a,b = (loaders(make(block), own, bs=1) for make in (lambda o: o, cached))
+        for i in range(len(own)-1):
+            def item(dls):
+                set_seed(1)
+                try: return dls.train.do_item(i)[0]
+                except Exception as e: return type(e)
+            x,u = item(a),item(b)
+            assert x is u if isinstance(x, type) else (x.shape==u.shape and (x.float()-u.float()).abs().max()<1.01)
+
 def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
     whole,small = (loaders(cached(make_block(RandomResizedCrop(64)), size=size, fill=True), files) for size in (None,80))
     assert opener(small).cache.plans[0].nbytes<opener(whole).cache.plans[0].nbytes/2
