@@ -368,8 +368,5 @@ class OpenStored(Transform):
         slot:Slot, # Of the file
     )->np.ndarray: # `(c,h,w)`
         "The stored pixels of a file; where it is empty it is filled"
-        res = slot.buffer.get(slot.i)
-        if res is None:
-            res = kind.make(file, slot.part)
-            slot.buffer.put(slot.i, res)
-        return res
+        if not slot.buffer.sums[slot.i]: slot.buffer.put(slot.i, kind.make(file, slot.part))
+        return slot.buffer.get(slot.i) # PyTorch warns of arrays that cannot be written to, as Pillow's

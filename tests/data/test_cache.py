@@ -92,6 +92,14 @@ def test_photos_of_a_few_pixels(tmp_path):
             x,u = item(a),item(b)
             assert x is u if isinstance(x, type) else (x.shape==u.shape and (x.float()-u.float()).abs().max()<1.01)
 
+def test_pixels_may_be_given_to_pytorch(files):
+    "Which warns of arrays that cannot be written to"
+    dls = loaders(cached(make_block(RandomResizedCrop(64))), files)
+    for _ in range(2):
+        for f in files[2:4]:
+            o = opener(dls)(f, split_idx=0)
+            assert o._stored.pixels().flags.writeable and o.transpose(0)._stored.pixels().flags.writeable
+
 def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
     whole,small = (loaders(cached(make_block(RandomResizedCrop(64)), size=size, fill=True), files) for size in (None,80))
     assert opener(small).cache.plans[0].nbytes<opener(whole).cache.plans[0].nbytes/2
