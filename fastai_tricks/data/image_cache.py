@@ -21,6 +21,7 @@ from ..core.files import check_writable, short_path, write_json
 from ..core.identity import transform_text
 from ..core.processes import is_main
 from ..core.runs import load_json, run_lock
+from .draft import PILImageDraft
 from .pixels import free_memory, PixelBuffer
 from .stored import as_pixels, crops_at_random, resized, sizing, Stored, stored_class, stored_part
 
@@ -93,6 +94,8 @@ class Kind:
         self.train = train and crops_at_random(f)
         self.size = size if self.train else None
         self.mode = img_cls._open_args.get('mode')
+        maker = next(c for c in img_cls.__mro__ if 'create' in vars(c))
+        self.own = maker not in (PILBase,PILMask,PILImageDraft) # Then it may turn images, or cut them
         given = f'{img_cls.__name__} with mode {self.mode!r}'
         check_arg(self.mode in _channels, 'data', given, f'with images that are opened as one of {tuple(_channels)}')
 
@@ -110,6 +113,13 @@ class Kind:
     def channels(self)->int:
         "Of each picture"
         return _channels[self.mode]
+
+    def size_of(self,
+        file:str,
+    )->tuple: # `(w,h)`, pixels
+        "Size of the picture"
+        if self.own: return self.img_cls.create(file).size
+        with Image.open(file) as im: return im.size
 
     def shape(self,
         part, # `Part`
@@ -140,12 +150,16 @@ def _stat(file):
     except OSError: return None
     return s.st_size,s.st_mtime_ns
 
-def _look(file):
+def _look(kind, file):
     "Of a file `(stat, (w,h))`; None where it cannot be read: it is opened as without a cache, which says why"
     try:
         stat = _stat(file)
-        with Image.open(file) as im: return stat,tuple(im.size)
+        return stat,tuple(kind.size_of(file))
     except Exception: return None
+
+def _info(file, mode):
+    "What a file says besides its pixels"
+    with Image.open(file) as im: return {k:v for k,v in im.info.items() if k!='transparency' or im.mode==mode}
 
 def _in_threads(f, items):
     with ThreadPoolExecutor(8) as pool: return list(pool.map(f, items))
@@ -193,7 +207,7 @@ class ImageCache:
         files = list(dict.fromkeys(map(_key, files)))
         stats = _in_threads(_stat, files)
         todo = [f for f,s in zip(files, stats) if f not in have or have[f].stat!=s]
-        return [(f,*o) for f,o in zip(todo, _in_threads(_look, todo)) if o is not None]
+        return [(f,*o) for f,o in zip(todo, _in_threads(partial(_look, kind), todo)) if o is not None]
 
     def _add_slots(self, kind, rows, buffer, parts):
         self.slots[kind.name].update({f:Slot(buffer, i, wh, p, tuple(stat)) for i,((f,stat,wh),p) in enumerate(zip(rows, parts))})
@@ -358,7 +372,8 @@ class OpenStored(Transform):
             self._tell(kind, o)
             return self.img_cls.create(o)
         pixels,open = partial(self.pixels, kind, o, slot),partial(self.img_cls.create, o)
-        stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None, random=kind.train)
+        info = dict if kind.own else partial(_info, o, kind.mode)
+        stored = Stored(slot.wh, slot.part, pixels, open, enlarge=kind.size is not None, random=kind.train, info=info)
         return stored_class(self.img_cls).of(stored, kind.mode)
 
     @staticmethod

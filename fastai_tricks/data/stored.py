@@ -224,6 +224,7 @@ class Stored:
         open:Callable, # `open()` gives the picture from its file
         enlarge:bool=False, # May crops be enlarged?
         random:bool=False, # Are parts of it cut at random, in training? Else all are to be those of the file, to the bit
+        info:Callable=dict, # `info()` gives what the file says besides, as EXIF
     ): store_attr()
 
     @property
@@ -233,7 +234,10 @@ class Stored:
 
     def whole(self)->Image.Image:
         "The picture as it is in its file"
-        return as_image(self.pixels()) if self.is_file else self.open()
+        if not self.is_file: return self.open()
+        im = as_image(self.pixels())
+        im.info = self.info()
+        return im
 
     def cut(self,
         want:Part,
@@ -251,7 +255,9 @@ class Stored:
         def swapped(o): return tuple(o[::-1] if method in _swaps else o)
         wh = swapped(self.wh)
         part = Part.whole(wh, swapped(self.part.to), mode=self.part.mode, pad_mode=self.part.pad_mode)
-        return Stored(wh, part, lambda: _turned(self.pixels(), method), lambda: self.open().transpose(method), self.enlarge, self.random)
+        def pixels(): return _turned(self.pixels(), method)
+        def open(): return self.open().transpose(method)
+        return Stored(wh, part, pixels, open, self.enlarge, self.random, self.info)
 
 class StoredImage:
     "An image that takes its pixels from what is stored, when it is asked for them"
@@ -273,6 +279,13 @@ class StoredImage:
             im.load()
             vars(self).update({**vars(im), '_stored':None})
         return super().load()
+
+    @property
+    def info(self):
+        if self._stored is not None: self.load()
+        return vars(self)['info']
+    @info.setter
+    def info(self, o): vars(self)['info'] = o
 
     def copy(self): return super().copy() if self._stored is None else type(self).of(self._stored, self.mode)
 

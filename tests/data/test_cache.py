@@ -4,8 +4,9 @@ import multiprocessing as mp
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
+from PIL import ImageOps
 from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, MaskBlock, PILImage, PILImageBW, RandomResizedCrop, RandomResizedCropGPU,
-                               Resize, ResizeMethod, ToTensor, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
+                               Resize, ResizeMethod, ToTensor, Transform, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
 import fastai.callback.data # noqa: F401 - weighted_dataloaders
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, albu_transforms, block_with, cached, climb, cross_validate, skip_corrupt
 from fastai_tricks.core.test_utils import sizes_seen, tiny_learner
@@ -100,6 +101,49 @@ def test_pixels_may_be_given_to_pytorch(files):
             o = opener(dls)(f, split_idx=0)
             assert o._stored.pixels().flags.writeable and o.transpose(0)._stored.pixels().flags.writeable
 
+BY_INDEX = [Resize(64), Resize(150), Resize(64, ResizeMethod.Squish), Resize((80,48), ResizeMethod.Pad), RandomResizedCrop(64), RandomResizedCrop((96,48), min_scale=.5)]
+
+@pytest.fixture(scope='module')
+def turned(files, tmp_path_factory):
+    "The photos, to be turned as their EXIF says"
+    d,exif = tmp_path_factory.mktemp('turned'),Image.Exif()
+    for i,f in enumerate(files):
+        exif[0x0112] = (6,3,1)[i%3]
+        Image.open(f).save(d/f'{f.parent.name}{f.name}', exif=exif)
+    return sorted(d.iterdir())
+
+def first_letter(f): return f.name[0]
+
+class Upright(Transform):
+    order = 0
+    def encodes(self, im:PILImage): return PILImage(ImageOps.exif_transpose(im))
+
+class PILImageUpright(PILImage):
+    @classmethod
+    def create(cls, f, **kwargs): return cls(ImageOps.exif_transpose(Image.open(f)).convert('RGB'))
+
+@pytest.mark.parametrize('cls', [PILImage,PILImageDraft])
+def test_transforms_see_what_the_file_says(turned, cls):
+    "Its EXIF above all"
+    block = make_block([Upright(),Resize(64)], cls, get_y=first_letter)
+    a,b = loaders(block, turned),loaders(cached(block), turned)
+    for seed in range(2): assert same(epoch(a.train, seed), epoch(b.train, seed)) and same(epoch(a.valid), epoch(b.valid))
+    x,u = (dls.train_ds[0][0] for dls in (a,b))
+    assert u.info==x.info and dict(u.getexif())==dict(x.getexif())!={}
+    pal = turned[0].with_suffix('.png') # What it says of its colours does not hold of those it is converted to
+    Image.open(turned[0]).convert('P').save(pal, transparency=b'\0')
+    u = opener(b).for_items([Upright()])
+    u.add([pal], [])
+    assert u(pal).copy().convert('RGBA').getextrema()[3]==(255,255)
+
+def test_image_classes_that_turn(turned):
+    "The file and the image are of different sizes"
+    for f in BY_INDEX + [CropPad(90), [FlipItem(),Resize(64)]]:
+        block = make_block(f, PILImageUpright, get_y=first_letter)
+        a,b = loaders(block, turned),loaders(cached(block), turned)
+        for _ in range(2): assert same(epoch(a.valid), epoch(b.valid))
+        for seed in range(2): assert all((x-u).abs().mean()<.05 for (x,_),(u,_) in zip(epoch(a.train, seed), epoch(b.train, seed), strict=True))
+
 def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
     whole,small = (loaders(cached(make_block(RandomResizedCrop(64)), size=size, fill=True), files) for size in (None,80))
     assert opener(small).cache.plans[0].nbytes<opener(whole).cache.plans[0].nbytes/2
@@ -107,8 +151,6 @@ def test_a_size_of_your_own_is_enlarged(files, monkeypatch):
     monkeypatch.setattr(PILImage, 'create', decodes)
     off = [(x-u).abs().mean().item() for (x,_),(u,_) in zip(epoch(whole.train, 1), epoch(small.train, 1), strict=True)]
     assert 0<max(off)<.08
-
-BY_INDEX = [Resize(64), Resize(150), Resize(64, ResizeMethod.Squish), Resize((80,48), ResizeMethod.Pad), RandomResizedCrop(64), RandomResizedCrop((96,48), min_scale=.5)]
 
 @contextmanager
 def items_made(dl):
