@@ -1,11 +1,11 @@
 "`cached`: the same pictures, one buffer, nothing left behind, never an old picture"
-import os, pickle, re, shutil, signal, time, traceback, warnings
+import os, pickle, random, re, shutil, signal, time, traceback, warnings
 import multiprocessing as mp
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import ImageOps
-from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, MaskBlock, PILImage, PILImageBW, RandomResizedCrop, RandomResizedCropGPU,
+from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, DataLoaders, DihedralItem, FlipItem, Image, ImageBlock, ImageDataLoaders, IndexSplitter, L, MaskBlock, PILImage, PILImageBW, RandomResizedCrop, RandomResizedCropGPU, RegressionBlock,
                                Resize, ResizeMethod, ToTensor, Transform, aug_transforms, first, get_image_files, load_learner, parent_label, set_seed, tensor)
 import fastai.callback.data # noqa: F401 - weighted_dataloaders
 from fastai_tricks.all import PILImageDraft, ProgressiveResize, albu_transforms, block_with, cached, climb, cross_validate, skip_corrupt
@@ -197,6 +197,48 @@ def test_masks_and_several_images(files, tmp_path):
         assert len(made)<2
         for x,u,m in seen:
             assert torch.equal(x, u) and set(m.unique().tolist())<=set(range(5))
+
+@pytest.mark.parametrize('f', [*BY_INDEX, [FlipItem(),Resize(64)], [DihedralItem(),Resize(64, ResizeMethod.Squish)]], ids=str)
+def test_random_numbers_are_those_without_a_cache(files, f):
+    "Whatever draws after the loaders draws the same; here the last batch is not complete"
+    def after(make):
+        set_seed(1)
+        dls = loaders(make(make_block(f)), files, bs=3)
+        dls.train.rng.seed(1)
+        for _ in range(3):
+            for dl in dls: yield from (random.random() for _ in dl)
+            yield random.random()
+    assert list(after(lambda o: o))==list(after(cached))
+
+def test_loaders_that_are_changed(files):
+    "Between epochs, in ways that batches by index must see"
+    def make(): return loaders(cached(make_block(Resize(64, ResizeMethod.Squish))), files)
+    def nothing(dl, seen): pass
+    def before_batch(dl, seen): dl.before_batch.fs.append(lambda b, **kwargs: (seen.append(1), b)[1])
+    def after_item(dl, seen): dl.after_item.fs.append(lambda o, **kwargs: (seen.append(1), o)[1])
+    def create_batch(dl, seen): dl.create_batch = lambda b: (seen.append(1), type(dl).create_batch(dl, b))[1]
+    def labels(dl, seen): dl.dataset.tls[1].tfms.fs.append(lambda o, **kwargs: (seen.append(1), o)[1])
+    for change in (nothing,before_batch,after_item,create_batch,labels):
+        dls,seen = make(),[]
+        was = epoch(dls.train)
+        change(dls.train, seen)
+        assert same(epoch(dls.train), was) and bool(seen)==(change is not nothing), change.__name__
+    tl,n = dls.train_ds.tls[1],len(dls.train_ds)
+    tl.items = L([Path('b/0.jpg')]*n)
+    assert all((y==1).all() for _,y in epoch(dls.train))
+
+def test_large_labels_are_not_kept(files, monkeypatch):
+    "They would take more memory than the photos"
+    block = DataBlock((ImageBlock,RegressionBlock), get_y=lambda f: np.full((2,1000), f.stat().st_size), splitter=IndexSplitter(VALID), item_tfms=Resize(64, ResizeMethod.Squish))
+    a,b = loaders(block, files),loaders(cached(block), files)
+    monkeypatch.setattr('fastai_tricks.data.indexed._most_labels', 40_000)
+    for _ in range(2): assert same(epoch(a.train), epoch(b.train))
+    with items_made(b.train) as made: epoch(b.train)
+    assert len(made)==8
+    monkeypatch.setattr('fastai_tricks.data.indexed._most_labels', 100_000)
+    b = loaders(cached(block), files)
+    with items_made(b.train) as made: epoch(b.train)
+    assert len(made)==1
 
 def test_loaders_that_are_there(files):
     folder = files[0].parent.parent
