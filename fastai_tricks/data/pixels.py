@@ -58,16 +58,18 @@ class PixelBuffer:
         shapes, # `(n,3)`: channels, height and width of each image
         file:str|Path=None, # Where it survives; default: in memory
         fd:int=None, # Of the memory, where another process made it
+        check:bool=True, # Empty images of the file that are not as they were written
     ):
         self.shapes = np.asarray(shapes, dtype=np.int64).reshape(-1, 3)
         self.file = None if file is None else Path(file)
+        self.alike = bool(len(self.shapes)) and bool((self.shapes==self.shapes[0]).all())
         ends = self.shapes.prod(axis=1).cumsum()
         # Sums first, then pixels
         at = -(-4*len(self.shapes)//_page)*_page or _page
         self.starts = np.concatenate([[0], ends]) + at
         if fd is not None: self._map(mmap.mmap(fd, self.nbytes), fd)
         elif file is None: self._map(*_anonymous(self.nbytes))
-        else: self._open_file()
+        else: self._open_file(check)
 
     @property
     def nbytes(self)->int:
@@ -82,11 +84,11 @@ class PixelBuffer:
         self.bytes = np.frombuffer(map, dtype=np.uint8)
         self.sums = self.bytes[:4*len(self)].view(np.uint32) # Of each image; 0: empty
 
-    def _open_file(self):
+    def _open_file(self, check):
         there = self.file.exists() and self.file.stat().st_size==self.nbytes
         if not there: write_whole(self.file, partial(_reserve, n=self.nbytes), flush=False, needs=self.nbytes)
         with open(self.file, 'r+b') as f: self._map(mmap.mmap(f.fileno(), self.nbytes))
-        if there: self._empty_broken()
+        if there and check: self._empty_broken()
 
     def _empty_broken(self):
         "Empty what is not as it was written"
@@ -100,7 +102,7 @@ class PixelBuffer:
     def _at(self, i): return self.bytes[self.starts[i]:self.starts[i+1]]
 
     def __reduce__(self):
-        if self.file is not None: return PixelBuffer,(self.shapes,self.file)
+        if self.file is not None: return PixelBuffer,(self.shapes,self.file,None,False)
         if context.get_spawning_popen() is None:
             raise TypeError('pixels in memory are shared with processes that are started here, and cannot be saved')
         if self._fd is None:
@@ -143,7 +145,7 @@ class PixelBuffer:
     @property
     def dense(self)->Tensor: # `(n,c,h,w)`; None where sizes differ
         "All images as one tensor, not a copy"
-        if not len(self) or (self.shapes!=self.shapes[0]).any(): return None
+        if not self.alike: return None
         return torch.from_numpy(self.bytes[self.starts[0]:]).view(len(self), *map(int, self.shapes[0]))
 
 def _shared(shapes, fd):

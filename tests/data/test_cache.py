@@ -386,6 +386,17 @@ def test_a_second_notebook_decodes_nothing(files, tmp_path, monkeypatch):
     assert sorted(len(o)-int(o.filled.sum()) for o in buffers(b))==[0,1]
     assert same(epoch(b.valid), was)
 
+def test_workers_take_a_file_as_it_is(tmp_path, monkeypatch):
+    "It was read when the loaders were made; a spawned worker that reads all of it, in each epoch, would take minutes"
+    buf = PixelBuffer([(1,4,4)]*3, tmp_path/'px')
+    buf.put(1, np.ones((1,4,4), dtype=np.uint8))
+    monkeypatch.setattr(PixelBuffer, '_sum', None)
+    other = pickle.loads(pickle.dumps(buf))
+    assert other.filled.tolist()==[False,True,False] and (other.get(1)==1).all() and other.file==buf.file
+    monkeypatch.undo()
+    other.put(2, np.full((1,4,4), 7, dtype=np.uint8))
+    assert (buf.get(2)==7).all()
+
 def test_two_processes_share_a_folder(files, tmp_path):
     "Both make the loaders at the same moment, and both fill"
     a,(r,w),(go,start) = loaders(make_block(Resize(64)), files),os.pipe(),os.pipe()
