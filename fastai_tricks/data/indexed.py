@@ -8,6 +8,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/data/indexed.html.md"""
 __all__ = ['Rows', 'parts_of', 'ByIndex', 'by_index']
 
 # %% ../../nbs/data/indexed.ipynb #20a2d148
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing.context import get_spawning_popen
@@ -256,21 +257,43 @@ def parts_of(
     return [_Images(tl, ds.split_idx) if o is None else _Labels(o) for tl,o in zip(ds.tls, labels)]
 
 # %% ../../nbs/data/indexed.ipynb #a72f8153
+class _LikeWorkers:
+    "Draws random numbers as `n` workers would: each has its own, and makes every `n`-th batch"
+    def __init__(self, n):
+        # PyTorch is about to draw it, and gives it to workers; fastai seeds them with it
+        with keep_random(): seed = torch.empty((), dtype=torch.int64).random_().item()
+        self.states = [random.Random(seed+k).getstate() for k in range(n)]
+
+    @contextmanager
+    def batch(self,
+        i:int, # Which batch
+    ):
+        "Python's random numbers are those of the worker meanwhile"
+        k,state = i%len(self.states),random.getstate()
+        random.setstate(self.states[k])
+        try: yield
+        finally:
+            self.states[k] = random.getstate()
+            random.setstate(state)
+
 def _are(a, b): return len(a)==len(b) and all(o is u for o,u in zip(a, b))
 
 class ByIndex:
     "Goes before a loader class of fastai's: `by_index` makes such classes"
     _rows = _rows_parts = None
     _rows_for = (),() # What the parts are of, and the rows
+    _rows_workers = None # `_LikeWorkers`, in an epoch without them
     _starting = False
 
     def before_iter(self):
         super().before_iter()
-        way = _way(self)
+        way,self._rows_workers = _way(self),None
         self._rows = self._rows_by(way) if way else None
         if self._rows is None: return
         self._rows.check()
-        if self._starting and not self.needs_workers: self.fake_l.num_workers = 0
+        n = self.fake_l.num_workers
+        if not (self._starting and n) or self.needs_workers: return
+        self._rows_workers,self.fake_l.num_workers = _LikeWorkers(n),0
 
     def _rows_by(self, way):
         "Those of the epoch before, if nothing has changed; other sizes of the same items have the same labels"
@@ -297,9 +320,12 @@ class ByIndex:
 
     def create_batches(self, samps):
         if self._rows is None: yield from super().create_batches(samps)
-        else: yield from (b for b in map(self._batch, chunked(samps, self.bs)) if b is not None)
+        else: yield from (b for b in map(self._batch, itertools.count(), chunked(samps, self.bs)) if b is not None)
 
-    def _batch(self, idxs):
+    def _batch(self, i, idxs):
+        with self._rows_workers.batch(i) if self._rows_workers else nullcontext(): return self._batch_of(idxs)
+
+    def _batch_of(self, idxs):
         if self.drop_last and len(idxs)<self.bs: return self._rows.drop(self, idxs)
         b = self._rows.batch(self, idxs)
         if b is not None: return b

@@ -210,6 +210,20 @@ def test_random_numbers_are_those_without_a_cache(files, f):
             yield random.random()
     assert list(after(lambda o: o))==list(after(cached))
 
+@pytest.mark.parametrize('n', [1,2])
+@pytest.mark.parametrize('f', [Resize(64), [FlipItem(),Resize(64, ResizeMethod.Squish)]], ids=['crops','flips in validation'])
+def test_without_workers_random_numbers_are_those_of_workers(files, f, n):
+    def epochs(make, **kwargs):
+        set_seed(1)
+        dls = loaders(make(make_block(f)), files, bs=3, num_workers=n, **kwargs)
+        dls.train.rng.seed(1)
+        for _ in range(3):
+            for dl in dls: yield list(dl),random.random(),torch.rand(1).item()
+        yield dls
+    (*a,_),(*b,_),(*c,dls) = map(list, (epochs(lambda o: o),epochs(cached, timeout=60),epochs(cached)))
+    assert not dls.valid.needs_workers and [o[1:] for o in a]==[o[1:] for o in b]==[o[1:] for o in c]
+    for (x,*_),(u,*_) in zip(b, c): assert same(x, u) # With `timeout` there are workers
+
 def test_loaders_that_are_changed(files):
     "Between epochs, in ways that batches by index must see"
     def make(): return loaders(cached(make_block(Resize(64, ResizeMethod.Squish))), files)
