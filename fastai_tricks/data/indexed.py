@@ -96,7 +96,7 @@ class _Images:
 
     def measure(self, f):
         "Note what decides where `Resize` crops"
-        self.asked = {s.wh:asked_part(f, s.wh, self.kind.img_cls) for s in self.slots if s is not None}
+        self.asked = {wh:asked_part(f, wh, self.kind.img_cls) for wh in {s.wh for s in self.slots if s is not None}}
         self.sizes = np.zeros((len(self.slots),3,2), dtype=np.int64) # Picture, crop, stored
         self.quick = np.zeros(len(self.slots), dtype=bool) # Neither resized nor padded
         for n,s in enumerate(self.slots):
