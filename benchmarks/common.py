@@ -1,5 +1,5 @@
 "What the benchmarks share: photos, learners, a clock for training alone, and a JSON with hardware and versions"
-import json, os, platform, random, time
+import json, os, platform, random, re, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,9 +50,11 @@ def environment(*packages):
                 **{p: version(p) for p in ('fastai', 'torch', 'timm', 'fastai_tricks', *packages)})
 
 
-def write_results(file, results):
-    "A JSON, whole or not at all"
+def write_results(file, results, flat=False):
+    "A JSON, whole or not at all; `flat`: the innermost lists and dicts are a line each"
     file = Path(file)
     tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-    tmp.write_text(json.dumps(results, indent=1) + '\n')
+    text = json.dumps(results, indent=1)
+    if flat: text = re.sub(r'([\[{])\s+([^\[\]{}]*?)\s+([\]}])', lambda m: m[1] + re.sub(r'\n\s+', ' ', m[2]) + m[3], text)
+    tmp.write_text(text + '\n')
     os.replace(tmp, file)
