@@ -88,7 +88,8 @@ bench: .venv/ok ## the measurements: seconds until plain's score, decoding and l
 	$(if $(DATA),$(PY) benchmarks/time_to_accuracy.py --data "$(DATA)")
 	$(if $(DATA),$(PY) benchmarks/minutes.py --data "$(DATA)")
 	$(PY) benchmarks/decode.py
-	$(PY) benchmarks/loader.py
+	$(PY) benchmarks/draft_training.py
+	$(PY) benchmarks/loader.py $(if $(DATA),--data "$(DATA)") $(if $(RESNET18),--weights "$(RESNET18)")
 	$(PY) benchmarks/progressive_resize.py --regime batches
 	$(PY) benchmarks/progressive_resize.py --regime scratch
 	$(PY) benchmarks/precision.py speed

@@ -5,13 +5,12 @@
 `rates`: images/s from JPEGs to batches of bytes on the CPU, before batch transforms, for the ways of `benchmarks/loader_ways.py`; packages that are not
 installed are named and left out. The first epoch includes all that is done before it (scanning, copying, writing shards, compiling), the start of
 workers and the first batch; the second one the start of workers (fastai starts them for each epoch), and takes `--seconds` at least: epochs of small sets
-are repeated within it. `memory`: PSS of the whole process tree, in processes of their own. `end_to_end`: seconds and accuracy of `fine_tune(4)`.
+are repeated within it. `memory`: PSS of the whole process tree, without libraries, in processes of their own. `end_to_end`: seconds and accuracy of `fine_tune(4)`.
 All are interleaved: each round measures every way once, and a ratio is of one round. Each part replaces that part of `--out`.
 
 Photos are those of `--data` (a folder per class), else the embedded pictures, enlarged, with some grain, JPEG quality 90.
 """
-import argparse, gc, json, os, random, shutil, statistics as st, subprocess, sys, tempfile, time, warnings
-from importlib.metadata import version
+import argparse, gc, json, os, re, statistics as st, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +75,25 @@ def tree_cpu():
     return sum(sum(map(int, v[11:15])) for v in tree().values())/HZ
 
 
-def tree_pss():
-    "Bytes of memory that the tree has; what processes share counts once"
+def tree_pss(folder=None):
+    "Bytes of memory that the tree has, and of files in `folder` that it maps; what processes share counts once, libraries do not"
     total = 0
     for pid in tree():
+        # What is had of a library depends on who else on the machine has it open
         try: text = Path(f'/proc/{pid}/smaps_rollup').read_text()
         except OSError: continue
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith('Pss:'))
+        total += sum(int(n) for n in re.findall(r'^Pss_(?:Anon|Shmem):\s+(\d+)', text, re.M))
+        if folder: total += _mapped(pid, str(folder))
     return 1024*total
+
+
+def _mapped(pid, folder):
+    "kB of files in `folder`"
+    total, ours = 0, False
+    for line in Path(f'/proc/{pid}/smaps').read_text().splitlines():
+        if line.startswith('Pss:') and ours: total += int(line.split()[1])
+        elif '-' in line.partition(' ')[0]: ours = folder in line
+    return total
 
 
 # Rates ----------------------------------------------------------------------------------------------------------------------------
@@ -180,18 +190,18 @@ def wait_idle(most=60):
 
 
 def memory_of(folder, wh, way, workers, size, tmp):
-    "In a process of its own: the greatest PSS of the tree in the first epoch and in the second, and what the cache said it would take"
+    "In a process of its own: the greatest memory of the tree in the first epoch and in the second, and what the cache said it would take"
     job = Job(Path(folder), wh, size, 'Resize', workers, Path(tmp))
     block = fastai_block(job)
     if way!='fastai': block = cached(block, where=way, folder=Path(tmp)/'cache')
     dl = fastai_loader(block, job.files, workers, bs=32)
-    res = dict(way=way, workers=workers, before=tree_pss())
+    res = dict(way=way, workers=workers, before=tree_pss(tmp))
     for epoch in ('first', 'second'):
         looks = []
         for i, _ in enumerate(dl):
-            if i%4==1:
+            if i%4==0:
                 wait_idle()
-                looks.append(tree_pss())
+                looks.append(tree_pss(tmp))
         res[epoch] = max(looks)
     if way!='fastai': res['buffer'] = sum(p.nbytes for p in dl.dataset.tls[0].tfms.fs[-1].cache.plans)
     return res
