@@ -256,6 +256,9 @@ def training_sets(args):
     return {'as they are': small, f'{args.photos[-1][0][0]} px': (large, valid)}
 
 
+def small_files(sets): return next(iter(sets.values()))[0]
+
+
 def end_to_end(args, _):
     rows, sets = [], training_sets(args)
     ways = ['fastai', 'memory', 'disk']
@@ -273,7 +276,7 @@ def end_to_end(args, _):
             summary.append(dict(photos=name, train=len(files)-len(valid), valid=len(valid), way=way, n=len(rs), seconds=spread([r['seconds'] for r in rs]),
                                 speedup=spread([b['seconds']/r['seconds'] for b, r in zip(base, rs)]), accuracy=spread([r['accuracy'] for r in rs]),
                                 accuracy_more=spread([r['accuracy']-b['accuracy'] for b, r in zip(base, rs)])))
-    return dict(arch=args.arch, pretrained=bool(args.weights), size=args.train_size, workers=args.train_workers, bs=32, seeds=len(args.seeds), summary=summary)
+    return dict(arch=args.arch, classes=len({f.parent.name for f in small_files(sets)}), pretrained=bool(args.weights), size=args.train_size, workers=args.train_workers, bs=32, seeds=len(args.seeds), summary=summary)
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------------------
@@ -299,6 +302,7 @@ def _rate_verdicts(summary):
 def verdicts(results):
     "What was to be reached, and whether it was"
     res = list(_rate_verdicts(results['rates']['summary'])) if 'rates' in results else []
+    chance = 1.5/results['end_to_end']['classes'] if 'end_to_end' in results else 0
     for r in results.get('memory', {}).get('summary', []):
         if r['way']=='fastai': continue
         most = max(r[f'{k}_buffers']['median'] for k in ('first', 'second'))
@@ -307,7 +311,8 @@ def verdicts(results):
         if r['way']=='fastai': continue
         v, d = r['speedup'], r['accuracy_more']
         res.append(_line(f"fine_tune(4), photos {r['photos']}, cache in {r['way']}: speedup", 'more than 1', f"{v['median']:.2f} ({v['min']:.2f} to {v['max']:.2f}, n={r['n']}); "
-                         f"accuracy {d['median']:+.3f} ({d['min']:+.3f} to {d['max']:+.3f})", v['median']>1))
+                         f"accuracy {d['median']:+.3f} ({d['min']:+.3f} to {d['max']:+.3f})"
+                         + ('' if r['accuracy']['median']>chance else ', which says nothing: no better than chance'), v['median']>1))
     return res
 
 
@@ -365,13 +370,13 @@ def main(argv=None):
         made = []
         if {'rates', 'memory'} & {*args.parts}:
             made = [make_photos(args.source, args.tmp/f'{wh[0]}', wh, n) for wh, n in args.photos]
-        source = dict(source=args.data.name if args.data else 'embedded pictures', grain=GRAIN, quality=90, made=made)
+        source = dict(name=args.data.name if args.data else 'embedded pictures', grain=GRAIN, quality=90, made=made)
         sets = [(args.tmp/f'{wh[0]}', wh) for wh, _ in args.photos]
         there = [o for o in ('webdataset', 'datasets', 'ffcv') if o not in args.missing]
         for part in args.parts:
             began = time.perf_counter()
             res = PARTS[part](args, sets)
-            results[part] = dict(environment=environment('pillow', 'numpy', *there), photos=source, minutes=sig((time.perf_counter()-began)/60), **res)
+            results[part] = dict(environment=environment('pillow', 'numpy', *there), source=source, minutes=sig((time.perf_counter()-began)/60), **res)
             results['verdicts'] = verdicts(results)
             write_results(args.out, results, flat=True)
     for line in results['verdicts']: print(line)

@@ -1,6 +1,7 @@
 "`benchmarks/loader.py` in miniature, and its verdicts"
 import importlib.util, json, mmap, os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 
 HERE = Path(__file__).parents[2]/'benchmarks'
@@ -20,7 +21,7 @@ def test_rates(bench, tmp_path, monkeypatch):
     out = tmp_path/'loader.json'
     bench.main(['--parts', 'rates', '--photos', '90x60:6', '--sizes', '32', '--crop-sizes', '--workers', '0', '1', '--rounds', '2', '--seconds', '.001', '--out', str(out)])
     res = json.loads(out.read_text())['rates']
-    assert list(res['missing'])==['webdataset','datasets','ffcv'] and res['photos']['made'][0]['photos']==6
+    assert list(res['missing'])==['webdataset','datasets','ffcv'] and res['source']['made'][0]['photos']==6
     ways = ['fastai','PILImageDraft','resized_copies','cached, memory','cached, disk','numpy copy','numpy copy, new batch']
     alone = ['fastai','cached, memory','cached, disk','numpy copy','numpy copy, new batch']
     for workers,names in ((0,alone), (1,ways)):
@@ -64,6 +65,19 @@ def test_memory_counts_what_is_shared_once(bench, tmp_path):
     os.waitpid(pid, 0)
     assert 45e6<more<75e6
 
+def test_parts_are_kept_beside_each_other(bench, tmp_path, monkeypatch):
+    def run(command, **kwargs):
+        given = json.loads(command[-1])
+        return SimpleNamespace(stdout=json.dumps(dict(way=given['way'], workers=given['workers'], first=300, second=200 if given['way']=='fastai' else 250, buffer=50)))
+    monkeypatch.setattr(bench.subprocess, 'run', run)
+    out = tmp_path/'loader.json'
+    out.write_text(json.dumps(dict(rates=dict(summary=[]))))
+    bench.main(['--parts','memory','--photos','90x60:4','--memory-rounds','2','--memory-workers','0','3','--out',str(out)])
+    res = json.loads(out.read_text())
+    assert set(res)=={'rates','memory','verdicts'} and [o.split(':')[0] for o in res['verdicts']]==['reached']*4
+    rows = [r for r in res['memory']['summary'] if r['way']!='fastai']
+    assert [(r['way'],r['workers'],r['n'],r['first_buffers']['median'],r['second_buffers']['median']) for r in rows]==[(w,n,2,0,1) for n in (0,3) for w in ('memory','disk')]
+
 def spread(v): return dict(median=v, min=v, max=v)
 
 def test_verdicts(bench):
@@ -72,5 +86,8 @@ def test_verdicts(bench):
     assert said(rates=dict(summary=[row(second_to_fastai=10, copy_to_second=1.5, first_to_fastai=1)]))==['reached']*3
     assert said(rates=dict(summary=[row(second_to_fastai=9.9, copy_to_second=1.6, first_to_fastai=.9)]))==['MISSED']*3
     assert said(memory=dict(summary=[dict(way='disk', workers=4, first_buffers=spread(f), second_buffers=spread(s)) for f,s in ((1,1.2),(1,1.3),(2,1))]))==['reached','MISSED','MISSED']
-    assert said(end_to_end=dict(summary=[dict(photos='a', way='disk', n=3, speedup=spread(s), accuracy_more=spread(0)) for s in (1.2,.9)]))==['reached','MISSED']
+    def trained(speedup, accuracy): return dict(photos='a', way='disk', n=3, speedup=spread(speedup), accuracy=spread(accuracy), accuracy_more=spread(0))
+    assert said(end_to_end=dict(classes=10, summary=[trained(1.2, .5), trained(.9, .5)]))==['reached','MISSED']
+    lines = bench.verdicts(dict(end_to_end=dict(classes=10, summary=[trained(1.2, .5), trained(1.2, .1)])))
+    assert ['chance' in o for o in lines]==[False,True]
     assert said()==[]
