@@ -9,6 +9,7 @@ __all__ = ['point_types', 'split_batch', 'as_hw', 'size_text', 'is_image', 'imag
            'resize_batch', 'crop_batch', 'is_oom']
 
 # %% ../../nbs/core/batch.ipynb #75db1781
+import re
 from fastai.vision.all import *
 
 # %% ../../nbs/core/batch.ipynb #c113bc4f
@@ -120,11 +121,12 @@ def crop_batch(
     return _map_images(lambda t,hw: _cut(t, corners, full, hw), refuse, xb, yb, size)
 
 # %% ../../nbs/core/batch.ipynb #8a3dd9ec
-_oom_texts = 'out of memory',"can't allocate memory",'cublas_status_alloc_failed','cudnn_status_not_supported'
+# Of cuDNN's `NOT_SUPPORTED` only the one without a reason is one of memory
+_oom_text = re.compile(r"out of memory|can't allocate memory|status_alloc_failed|_allocation_failed|cudnn_status_not_supported(?!_)", re.I)
 
 def is_oom(
     e:BaseException,
 )->bool:
     "Does an error say that memory ran out?"
     if isinstance(e, (torch.OutOfMemoryError,MemoryError)): return True
-    return isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _oom_texts)
+    return isinstance(e, RuntimeError) and bool(_oom_text.search(str(e)))

@@ -6,17 +6,18 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/core/learner.html.md"""
 
 # %% auto #0
 __all__ = ['swapped', 'is_training', 'say', 'OnlyTrain', 'ScoreFirst', 'score_first', 'trained_epochs', 'kept_record',
-           'keep_random', 'keep_loader_random', 'item_at', 'items_batch', 'peek', 'evaluating', 'copy_model',
-           'device_of', 'on_tpu', 'batch_size', 'n_items', 'fitting_bs', 'check_steps']
+           'keep_random', 'keep_loader_random', 'has_kernels', 'check_device', 'item_at', 'items_batch', 'peek',
+           'evaluating', 'copy_model', 'device_of', 'on_tpu', 'batch_size', 'n_items', 'fitting_bs', 'check_steps']
 
 # %% ../../nbs/core/learner.ipynb #759c3b70
-import itertools
+import itertools, re
 from contextlib import contextmanager
 from copy import deepcopy
 from fastai.callback.schedule import *
 from fastai.vision.all import *
 from .checks import check_arg
 from fastai.learner import replacing_yield
+from torch.utils.data import get_worker_info
 
 # %% ../../nbs/core/learner.ipynb #13d3e8bf
 def is_training(
@@ -102,10 +103,16 @@ def kept_record(
         learn.final_record = final
 
 # %% ../../nbs/core/learner.ipynb #47cb09d9
+def _worker_random_states():
+    "Without those of GPUs: after a fork CUDA cannot be used, and a new process would take memory of the GPU for it"
+    cudnn = torch.backends.cudnn
+    return dict(random_state=random.getstate(), numpy_state=np.random.get_state(), torch_state=torch.get_rng_state(), torch_cuda_state=[],
+                torch_deterministic=cudnn.deterministic, torch_benchmark=cudnn.benchmark)
+
 @contextmanager
 def keep_random():
     "Give Python's, numpy's and torch's random states back as they were"
-    states = get_random_states()
+    states = get_random_states() if get_worker_info() is None else _worker_random_states()
     try: yield
     finally: set_random_states(**states)
 
@@ -123,6 +130,29 @@ def keep_loader_random(
                 rng.setstate(state) # A loop over `dl` takes a number of it, and puts a new generator in its place
                 dl.rng = rng
 
+# %% ../../nbs/core/learner.ipynb #4354fd69
+def has_kernels(
+    capability:tuple, # `(major,minor)` of a GPU
+    archs:list, # `torch.cuda.get_arch_list()`: machine code ('sm_80') runs within a generation, PTX ('compute_80') on all later GPUs
+)->bool: # True where the list says nothing
+    "Was torch built for such a GPU?"
+    built = [(m[1],*divmod(int(m[2]), 10)) for a in archs if (m := re.fullmatch(r'(sm|compute)_(\d+)[a-z]?', a))]
+    def runs(kind, major, minor):
+        return (major,minor)<=capability and (kind=='compute' or major==capability[0])
+    return not built or any(runs(*o) for o in built)
+
+def check_device(
+    device, # `torch.device` or its name; None is taken too
+):
+    "Raise a RuntimeError that names the GPU, where torch has no kernels for it"
+    device = torch.device('cpu' if device is None else device)
+    if device.type!='cuda' or torch.version.hip: return
+    capability,archs = torch.cuda.get_device_capability(device),torch.cuda.get_arch_list()
+    if has_kernels(capability, archs): return
+    name = f'{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})'
+    raise RuntimeError(f'torch {torch.__version__} is not built for {name}, but for {", ".join(archs)} ("no kernel image is available"): '
+        'take another GPU, a torch that is built for this one, or the CPU: `default_device(False)` before the loaders are made')
+
 # %% ../../nbs/core/learner.ipynb #2ec800ca
 def item_at(
     items, # List, array or DataFrame
@@ -136,6 +166,7 @@ def items_batch(
     idxs:list, # Indices of its items
 )->tuple: # The batch
     "Items of `dl` as it delivers them, without advancing any random state"
+    check_device(dl.device)
     with keep_loader_random(dl):
         dl.before_iter()
         b = dl.do_batch([o for o in map(dl.do_item, idxs) if o is not None])
@@ -146,6 +177,7 @@ def peek(
     n:int=1, # Items; fewer where it has no more of them
 )->tuple: # Its first `n` items as a batch, `(n,c,h,w)` and targets (a PyTorch loader: its first batch)
     "What `dl` will deliver, without advancing any random state"
+    check_device(getattr(dl, 'device', None))
     with keep_loader_random(dl):
         if not getattr(dl, 'indexed', False): return next(iter(dl))
         dl.before_iter()
@@ -180,7 +212,9 @@ def device_of(
     learn:Learner,
 )->torch.device:
     "The device that `Learner.fit` moves the model to"
-    return torch.device(getattr(learn.dls, 'device', default_device()) or next(learn.model.parameters()).device)
+    device = torch.device(getattr(learn.dls, 'device', default_device()) or next(learn.model.parameters()).device)
+    check_device(device)
+    return device
 
 def on_tpu(
     learn:Learner,

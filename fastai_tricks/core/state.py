@@ -125,6 +125,7 @@ def _set_random(each):
     here = rank_distrib() if len(each)==max(1, num_distrib()) else 0
     state = to_cpu(each[here]) # Wherever the file was loaded to
     alg,keys,*rest = state['numpy_state']
+    state['torch_cuda_state'] = state['torch_cuda_state'][:torch.cuda.device_count()] # It may have been saved where there were more
     numpy_state = alg,np.array(keys, dtype=np.uint32),*rest
     set_random_states(**{**get_random_states(), **state, 'numpy_state':numpy_state})
 

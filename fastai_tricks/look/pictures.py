@@ -13,6 +13,7 @@ import matplotlib
 from PIL import ImageDraw
 from fastai.vision.all import *
 from ..core.checks import check_arg
+from ..core.learner import check_device
 
 # %% ../../nbs/look/pictures.ipynb #f508c2bc
 def check_one_image(
@@ -23,6 +24,7 @@ def check_one_image(
     check_arg(getattr(dl, 'indexed', False), 'dls', type(dl), 'loaders of fastai, with an index')
     n_inp = getattr(learn.dls, 'n_inp', 1)
     check_arg(n_inp==1, 'dls', f'with {n_inp} inputs', 'loaders with one image per item')
+    check_device(dl.device)
 
 def shown_images(
     dl, # Loader that made them

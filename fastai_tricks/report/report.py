@@ -61,7 +61,7 @@ def _cpu():
     return names[0] if names else platform.processor() or platform.machine()
 
 def _environment():
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    device = torch.cuda.get_device_name() if default_device().type=='cuda' else _cpu()
     return dict(device=device, threads=torch.get_num_threads(), **versions(), fastai_tricks=version('fastai_tricks'))
 
 # %% ../../nbs/report/report.ipynb #d77e9544
@@ -160,7 +160,7 @@ def _identity(data, recipe, entries, settings):
             'arguments of `vision_learner`':_given(recipe.learner), 'arguments of `dataloaders`':_given(recipe.data),
             'reading of items':reading, 'lines of tips':lines, **data_identity(data.dls)}
     # Of another machine neither seconds nor images per second are those of the trainings that are there
-    threads = '' if torch.cuda.is_available() else f', {plural(env["threads"], "thread")}'
+    threads = '' if default_device().type=='cuda' else f', {plural(env["threads"], "thread")}'
     return res | {'device':env['device']+threads} | {f'version of {k}':v for k,v in env.items() if k not in ('device','threads')}
 
 def _may(options, identity):

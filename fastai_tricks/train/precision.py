@@ -36,8 +36,9 @@ def _cpu_half():
     if units: return torch.bfloat16, f"this CPU has bf16 units ({', '.join(units)})"
     return None, f"this CPU has no bf16 units ({' or '.join(_cpu_units)})"
 
-def _cuda_half():
-    if torch.cuda.is_bf16_supported(including_emulation=False): return torch.bfloat16, 'this GPU has bf16 units'
+def _cuda_half(device):
+    # `is_bf16_supported` counts emulation too, which is slow; AMD's have numbers of their own
+    if torch.version.hip or torch.cuda.get_device_capability(device)>=(8,0): return torch.bfloat16, 'this GPU has bf16 units'
     return torch.float16, 'this GPU has no bf16 units, fp16 with scaled gradients takes their place'
 
 def half_dtype(
@@ -45,7 +46,7 @@ def half_dtype(
 )->tuple: # `torch.dtype` or None, and why
     "Look up the 16-bit type that `device` has units for"
     kind = torch.device(device).type
-    if kind=='cuda': return _cuda_half()
+    if kind=='cuda': return _cuda_half(device)
     if kind=='cpu': return _cpu_half()
     if kind=='xla': return torch.bfloat16, 'XLA devices have bf16 units'
     return None, f'not tried on {kind}'
@@ -272,10 +273,15 @@ def _tried(learn, half, channels_last, bs):
     steps = 0 if trials[0].note else race_trials(trials, clock=work_clock(device))
     return trials,steps*len(xb[0])
 
+def _asked(dtype, half, kind):
+    "What is said of a precision that was not chosen here"
+    emulated = kind=='cuda' and torch.bfloat16==dtype!=half
+    return 'as asked' + ', though this GPU has no bf16 units and computes it slowly: `torch.float16` is what it has'*emulated
+
 def _plan(learn, dtype, channels_last, again=False):
-    if dtype is not None: return MixedPlan(dtype, bool(channels_last), 'as asked')
     device = device_of(learn)
     half,why = half_dtype(device)
+    if dtype is not None: return MixedPlan(dtype, bool(channels_last), _asked(dtype, half, device.type))
     # Processes that choose for themselves may choose differently
     if device.type not in ('cpu','cuda') or num_distrib()>1: return MixedPlan(half, bool(channels_last), why)
     what,bs = _timed_for(learn, half, channels_last)

@@ -175,6 +175,6 @@ def precision_report(self:Learner,
         each = [_at_size(self, variants, bs or batch_size(self.dls.train), s, turns, lambda *_: next(ticks, None)) for s in sizes]
     for _ in ticks: pass # The bar ends
     half,why = half_dtype(device_of(self))
-    advice = precision_advice([trials for trials,_ in each], '' if half else why)
+    advice = precision_advice([trials for trials,_ in each], '' if half==torch.bfloat16 else why)
     say(self, str(advice))
     return PrecisionReport(pd.DataFrame([row for _,rows in each for row in rows], columns=_columns), advice)

@@ -626,3 +626,10 @@ def test_bad_input(files, tmp_path):
     (tmp_path/'file').touch()
     with pytest.raises(ValueError, match='`folder` must be a folder that can be written to'): loaders(cached(make_block(Resize(64)), where='disk', folder=tmp_path/'file'), files)
     with pytest.raises(ValueError, match="loaders that one of fastai's made"): cached(DataLoaders(torch.utils.data.DataLoader([1]), torch.utils.data.DataLoader([1])))
+
+def test_a_worker_does_not_touch_cuda(files, monkeypatch):
+    "A forked one cannot: batches by index are compared with an item, whose random numbers are given back"
+    def fails(): raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', lambda: fails() if torch.utils.data.get_worker_info() else [])
+    dls = loaders(cached(make_block(Resize(64))), files, num_workers=1)
+    assert len(epoch(dls.train))==2 and dls.train._rows is not None

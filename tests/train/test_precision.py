@@ -291,17 +291,33 @@ def test_fastai_knows_it_by_name():
 
 # Which 16 bits ------------------------------------------------------------------
 
-def test_a_gpu_without_bf16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *a, **kw: False)
+def on_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: capability)
     monkeypatch.setattr(P, 'device_of', lambda learn: torch.device('cuda'))
+
+def test_a_gpu_without_bf16(monkeypatch):
+    on_gpu(monkeypatch, (7,5))
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *a, **kw: False)
     with pytest.raises(ValueError, match='this GPU has no bf16'): tiny_learner().to_mixed(BF16)
     learn = tiny_learner().to_mixed(FP16)
     assert learn.mixed_precision.dtype==FP16
 
-@pytest.mark.parametrize('bf16,expected', [(True,BF16),(False,FP16)])
-def test_the_rule_on_gpus(bf16, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bf16 or including_emulation)
-    assert P.half_dtype('cuda')[0]==expected
+@pytest.mark.parametrize('capability,dtype,said', [((7,5),BF16,'as asked, though this GPU has no bf16 units'), ((7,5),FP16,'as asked'), ((8,9),BF16,'as asked')])
+def test_what_is_emulated_is_said(capability, dtype, said, monkeypatch, capsys):
+    "`is_bf16_supported` says yes on a T4, where it is many times as slow"
+    on_gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or capability>=(8,0))
+    learn = tiny_learner().to_mixed(dtype)
+    line = capsys.readouterr().out.strip()
+    assert said in line and ('though' in line)==('though' in said) and learn.mixed_precision.dtype==dtype
+
+@pytest.mark.parametrize('capability,hip,expected', [((7,5),None,FP16), ((6,0),None,FP16), ((8,0),None,BF16), ((8,9),None,BF16), ((12,0),None,BF16), ((6,0),'6.0',BF16)])
+def test_the_rule_on_gpus(capability, hip, expected, monkeypatch):
+    "Of the GPU that is asked about: T4 has no bf16 units, L4 has"
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: asked.append(d) or capability)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    assert P.half_dtype('cuda:1')[0]==expected and (hip or asked==['cuda:1'])
 
 @pytest.mark.parametrize('amx,avx,expected', [(True,False,BF16),(False,True,BF16),(False,False,None)])
 def test_the_rule_on_cpus(amx, avx, expected, monkeypatch):
