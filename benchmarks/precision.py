@@ -2,11 +2,12 @@
 
     python benchmarks/precision.py speed --name amx         training steps of four networks at 128 and 224 px, each precision in turn
     python benchmarks/precision.py accuracy --name amx --data PATH [--weights FILE]     fp32 against bf16 after the same epochs, on the first classes of a folder per class
+    python benchmarks/precision.py compile --name amx       training steps of two networks with `torch.compile` and without, in fp32 and bf16, and how long compiling takes
 
 Results go to `precision_NAME.json`: name the kind of device. `--weights`: of timm's resnet18, which is then fine-tuned instead of lite0.
 Runs of `accuracy` with other settings stand beside each other, and a killed one goes on.
 """
-import argparse, io, json, re, time
+import argparse, io, json, os, re, time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import Learner, vision_learner
 from fastai_tricks.all import lite0_weights, sample_images
-from fastai_tricks.train.variants import dtype_names
+from fastai_tricks.core.timing import calls_in, interleaved, speedups, work_clock
+from fastai_tricks.train.variants import dtype_names, start_trial, training_batch, Variant
 from safetensors import safe_open
 from common import environment, loaders, photos, write_results
 
@@ -43,7 +45,7 @@ def chosen(learn, turns, **kwargs):
 def speed(a):
     files, valid = photos(sample_images(), 4, 2)
     rows = []
-    for name in a.models:
+    for name in a.models or MODELS:
         for size in a.sizes:
             learn = Learner(loaders(files, valid, size, 0, bs=a.bs), timm.create_model(name, num_classes=36))
             row, df = chosen(learn, a.turns)
@@ -51,6 +53,28 @@ def speed(a):
             print(f"{name:22} {size} px: {row['chose']}, {row['ratio']:.2f} of fp32's speed ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})  [{row['said']}, {row['seconds_to_choose']:.0f} s]", flush=True)
             print(df.drop(columns=['size','dtype','channels_last','compile']).to_string(float_format='{:.3f}'.format), flush=True)
             save(a, 'speed', dict(environment=environment(), settings=dict(bs=a.bs, turns=a.turns, images='embedded pictures'), results=rows))
+
+def compile(a):
+    torch.compiler.config.force_disable_caches = True # What was compiled once is not compiled again
+    files, valid = photos(sample_images(), 4, 2)
+    rows = []
+    for name in a.models or ('resnet18','tf_efficientnet_lite0'):
+        learn = Learner(loaders(files, valid, a.sizes[0], 0, bs=a.bs), timm.create_model(name, num_classes=36))
+        xb, yb = training_batch(learn, a.bs)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.compiler.reset()
+            plain, fast = trials = [start_trial(learn, xb, yb, Variant(dtype, compiled=k), n_losses=2) for k in (False,True)]
+            clock = work_clock(torch.device('cpu'))
+            plain.times, fast.times = interleaved([t.step for t in trials], a.turns, calls_in(plain.step, .3), clock=clock)
+            ratios = speedups(plain.times, fast.times)
+            step, after = (float(np.median(t.times)) for t in trials)
+            row = dict(model=name, size=a.sizes[0], bs=a.bs, dtype=dtype_names[dtype], compile_s=fast.compile_s, step_s=step, compiled_step_s=after, n=len(ratios),
+                       ratio=float(np.median(ratios)), ratio_min=min(ratios), ratio_max=max(ratios), loss_diff=max(abs(x-y) for x,y in zip(plain.losses, fast.losses)))
+            row['pays_after_hours'] = fast.compile_s/(1-1/row['ratio'])/3600 if row['ratio']>1 else None
+            row['load'] = os.getloadavg()[0] # Of other processes: `compile_s` is by the clock, steps are in CPU seconds on one thread
+            rows.append(row)
+            print(row, flush=True)
+            save(a, 'compile', dict(environment=environment(), settings=dict(turns=a.turns, images='embedded pictures', threads=torch.get_num_threads()), results=rows))
 
 def make_learner(dls, a):
     if not a.weights: return vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)
@@ -80,7 +104,7 @@ def compare(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('part', choices=['speed','accuracy'])
+    p.add_argument('part', choices=['speed','accuracy','compile'])
     p.add_argument('--name', default='here', help='of the device, in the name of the JSON')
     p.add_argument('--data', help='a folder per class')
     p.add_argument('--weights', help="of timm's resnet18, a safetensors file that names its classes")
@@ -88,7 +112,7 @@ def main():
     p.add_argument('--per-class', type=int, default=8)
     p.add_argument('--valid-per-class', type=int, default=24)
     p.add_argument('--lr', type=float, default=2e-3)
-    p.add_argument('--models', nargs='*', default=MODELS)
+    p.add_argument('--models', nargs='*')
     p.add_argument('--sizes', nargs='*', type=int, default=[128,224])
     p.add_argument('--bs', type=int, default=8)
     p.add_argument('--turns', type=int, default=7)
@@ -97,7 +121,7 @@ def main():
     p.add_argument('--size', type=int, default=64)
     a = p.parse_args()
     if a.part=='accuracy' and not a.data: p.error('accuracy needs --data: a folder per class')
-    (speed if a.part=='speed' else compare)(a)
+    dict(speed=speed, accuracy=compare, compile=compile)[a.part](a)
 
 if __name__=='__main__':
     main()

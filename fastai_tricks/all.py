@@ -7,9 +7,10 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/all.html.md"""
 # %% auto #0
 __all__ = ['AlbumentationsTfm', 'albu_transforms', 'block_with', 'cached', 'resized_copies', 'CorruptImagesError', 'skip_corrupt',
            'PILImageDraft', 'lite0_weights', 'sample_images', 'class_ladder', 'Distill', 'EMA', 'ChannelsLastBatch',
-           'linear_scaled_lr', 'plot_schedule', 'zero_gamma', 'to_depthwise', 'ArchRanking', 'rank_archs',
-           'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage', 'background_metrics', 'GradCAM', 'WatchCAM',
-           'start_xla', 'climb', 'cross_validate', 'write_submission', 'tips_report', 'TipsReport', 'TIPS', 'Tip']
+           'CompiledTraining', 'linear_scaled_lr', 'plot_schedule', 'zero_gamma', 'to_depthwise', 'ArchRanking',
+           'rank_archs', 'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage', 'background_metrics', 'GradCAM',
+           'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission', 'tips_report', 'TipsReport', 'TIPS',
+           'Tip']
 
 # %% ../nbs/all.ipynb #17729b5d
 # ruff: noqa: F401 - also for patches of Learner, DataBlock and DataLoaders
@@ -23,6 +24,7 @@ from .data.sample import lite0_weights, sample_images
 from .data.subset import class_ladder
 from .train.distill import Distill
 from .train.ema import EMA
+from .train.compiled import CompiledTraining
 from .train.precision import ChannelsLastBatch
 from .train.schedule import linear_scaled_lr, plot_schedule, zero_gamma
 from .models.depthwise import to_depthwise
@@ -47,7 +49,7 @@ import fastai_tricks.fast.fit_fast
 # %% ../nbs/all.ipynb #e7ea28c6
 _all_ = [
     'AlbumentationsTfm', 'albu_transforms', 'block_with', 'cached', 'resized_copies', 'CorruptImagesError', 'skip_corrupt', 'PILImageDraft',
-    'lite0_weights', 'sample_images', 'class_ladder', 'Distill', 'EMA', 'ChannelsLastBatch', 'linear_scaled_lr', 'plot_schedule',
-    'zero_gamma', 'to_depthwise', 'ArchRanking', 'rank_archs', 'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage',
+    'lite0_weights', 'sample_images', 'class_ladder', 'Distill', 'EMA', 'ChannelsLastBatch', 'CompiledTraining', 'linear_scaled_lr',
+    'plot_schedule', 'zero_gamma', 'to_depthwise', 'ArchRanking', 'rank_archs', 'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage',
     'background_metrics', 'GradCAM', 'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission', 'tips_report', 'TipsReport',
     'TIPS', 'Tip']

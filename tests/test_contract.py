@@ -19,6 +19,7 @@ CALLBACKS = dict(
     ProgressiveResize=lambda: ft.ProgressiveResize(mult=8, scale_bs=True, strength=(.5,1.)),
     DeviceMixedPrecision=lambda: DeviceMixedPrecision(torch.bfloat16),
     ChannelsLastBatch=ft.ChannelsLastBatch,
+    CompiledTraining=lambda: ft.CompiledTraining(backend='eager'), # No compiler: what stands before the model is the same
     Distill=lambda: ft.Distill(tiny_learner().model, features=['0']),
     WatchCAM=lambda: ft.WatchCAM(n=2),
     EMA=lambda: ft.EMA(.9))
@@ -91,6 +92,8 @@ AT_WORK = dict(
     ProgressiveResize=lambda learn, o: o.got[0][0]<64 and o.got[-1][0]==64,
     DeviceMixedPrecision=lambda learn, o: {dtype for *_,dtype in o.got}=={torch.bfloat16},
     ChannelsLastBatch=lambda learn, o: all(last for _,last,_ in o.got),
+    # Beside `features` of `Distill`, whose hooks would not be called, it steps aside
+    CompiledTraining=lambda learn, o: learn.compiled_training._call.hooked==hasattr(learn, 'distill'),
     Distill=lambda learn, o: o.taught>=len(o.got),
     WatchCAM=lambda learn, o: len(learn.watch_cam.rows)==2,
     EMA=lambda learn, o: not any(map(torch.equal, o.last, learn.model.parameters())),

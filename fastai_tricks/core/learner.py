@@ -146,7 +146,7 @@ def check_device(
 ):
     "Raise a RuntimeError that names the GPU, where torch has no kernels for it"
     device = torch.device('cpu' if device is None else device)
-    if device.type!='cuda' or torch.version.hip: return
+    if device.type!='cuda' or torch.version.hip or not torch.cuda.is_available(): return
     capability,archs = torch.cuda.get_device_capability(device),torch.cuda.get_arch_list()
     if has_kernels(capability, archs): return
     name = f'{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})'

@@ -27,6 +27,7 @@ from ..models.fit_head import NoHead, trainable_head
 from ..models.rank_archs import as_candidates
 from ..models.separable import DepthwiseSeparableConv
 from ..resize.sizes import Growth
+from ..train.compiled import compile_plan, CompiledTraining
 from ..train.loader_report import image_source, loader_advice, loader_facts, loader_limit, time_items
 from ..train.stopwatch import n_workers
 
@@ -318,17 +319,13 @@ def step_seconds(
     return marks[2]-marks[1],marks[1]-marks[0]
 
 def _compile(o):
-    tip = Tip('compile', learn='learn.model.compile()', kind='layers resize network', choice=dict(pays=True))
+    tip = Tip('compile', learn='learn.add_cb(CompiledTraining())', kind='layers resize network', choice=dict(pays=True))
     if 'compile' in o.chosen: return tip # Not timed again
     if o.seconds<least_compiled: return f'compiling takes minutes, and a training here {o.seconds:.0f} seconds'
-    if not hasattr(nn.Module, 'compile'): return 'this torch cannot compile'
     plain,_ = step_seconds(o.learner())
-    learn = o.learner()
-    learn.model.compile()
-    fast,compiling = step_seconds(learn)
-    saved = o.seconds*(1-fast/plain)
-    if saved<compiling: return f'compiling takes {compiling:.0f} seconds and would save {max(0, saved):.0f}'
-    return tip
+    fast,compiling = step_seconds(o.learner().add_cb(CompiledTraining()))
+    plan = compile_plan(round(o.seconds/plain), plain, fast, compiling, plain>=1.05*fast)
+    return tip if plan.compiled else f'compiling gains nothing here: {plan.why}'
 
 # In the order of the lines: precision before the layers that are timed in it
 TIPS = dict(

@@ -67,7 +67,7 @@ def _copy_for(learn, xb, v):
     device,layout = device_of(learn),torch.channels_last if v.channels_last else torch.contiguous_format
     model = copy_model(learn.model.to(device), *_first(xb, 2)).to(device, memory_format=layout).train()
     for p in model.parameters(): p.requires_grad_(p.is_floating_point()) # `fine_tune` unfreezes sooner or later
-    if v.compiled: model.compile()
+    if v.compiled: model.forward = torch.compile(model.forward) # As `CompiledTraining` does: what is compiled once is compiled for both
     return model
 
 def _loss_copy(learn):
@@ -122,9 +122,13 @@ def _guess(learn, xb, yb, v):
     if b>_hopeless*a and b<10: b = min(b, seconds_of(step)) # The first step loads and allocates
     return a/b
 
+def _own_limit():
+    "PyTorch compiles the same method of eight networks, and then no more: of the others it would say nothing but be no faster"
+    return torch._dynamo.config.patch(recompile_limit=256)
+
 def _first_steps(trial, n):
     torch.manual_seed(0) # Random layers draw the same in each variant
-    first = seconds_of(lambda: trial.losses.append(trial.step()))
+    with _own_limit(): first = seconds_of(lambda: trial.losses.append(trial.step()))
     if trial.variant.compiled: trial.compile_s = first
     trial.losses += [trial.step() for _ in range(n-1)]
 
@@ -191,8 +195,8 @@ def needed_gain(
     v:Variant,
     best:Variant, # That takes less, or is simpler
 )->float: # 1.05: 5% faster
-    "How much faster than `best` a variant must be: 16 bits, which round, more than a layout"
-    return 1.1 if v.dtype!=torch.float32==best.dtype else 1.05
+    "How much faster than `best` a variant must be: 16 bits, which round, and compiling, which takes minutes, more than a layout"
+    return 1.1 if v.dtype!=torch.float32==best.dtype or v.compiled>best.compiled else 1.05
 
 def _over(speeds, v, best): return [a/b for a,b in zip(speeds[v], speeds[best])]
 
@@ -210,8 +214,11 @@ def _comparisons(speeds):
 def best_variant(
     speeds:dict, # For each variant its speed as a multiple of fp32's, turn by turn; fp32's and simpler ones first
 )->Variant: # Of `speeds`; fp32 where none gains enough
-    "The last variant that beat the best of those before it by the gain it needs, and in at least four of five turns"
-    return next((v for v,*_,better in reversed([*_comparisons(speeds)]) if better), fp32)
+    "The last variant that beat the best of those before it (a compiled one: all that are not) by the gain it needs, in four of five turns"
+    best = next((v for v,*_,better in reversed([*_comparisons(speeds)]) if better), fp32)
+    plain = {v:r for v,r in speeds.items() if not v.compiled}
+    if not best.compiled or all(_gains(_over(speeds, best, v), needed_gain(best, v)) for v in plain): return best
+    return best_variant(plain)
 
 def is_settled(
     speeds:dict, # As for `best_variant`

@@ -64,7 +64,7 @@ def test_what_was_measured_is_looked_at_before_lines_are_made_of_it():
 
 def test_a_report_that_goes_on_does_not_time_compiling_again():
     t = TIPS['compile'](here(chosen=dict(compile=dict(pays=True)), seconds=math.inf))
-    assert t.learn=='learn.model.compile()' and t.choice
+    assert t.learn=='learn.add_cb(CompiledTraining())' and t.choice
 
 SLOW = LoaderFacts(50., 200., 50., .75, tries=(('cached',.01),), cache='1.0 GB in memory')
 
