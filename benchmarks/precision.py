@@ -7,7 +7,7 @@
 Results go to `precision_NAME.json`: name the kind of device. `--weights`: of timm's resnet18, which is then fine-tuned instead of lite0.
 Runs of `accuracy` with other settings stand beside each other, and a killed one goes on.
 """
-import argparse, io, json, os, re, time
+import argparse, io, itertools, json, os, re, time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -54,27 +54,29 @@ def speed(a):
             print(df.drop(columns=['size','dtype','channels_last','compile']).to_string(float_format='{:.3f}'.format), flush=True)
             save(a, 'speed', dict(environment=environment(), settings=dict(bs=a.bs, turns=a.turns, images='embedded pictures'), results=rows))
 
+def cpu_seconds(): return sum(os.times()[:4]) # Of this process and of the compilers that it started
+
 def compile(a):
     torch.compiler.config.force_disable_caches = True # What was compiled once is not compiled again
+    torch._inductor.config.compile_threads = 1
     files, valid = photos(sample_images(), 4, 2)
-    rows = []
-    for name in a.models or ('resnet18','tf_efficientnet_lite0'):
+    clock, rows = work_clock(torch.device('cpu')), []
+    for dtype, name in itertools.product((torch.float32, torch.bfloat16), a.models or ('resnet18','tf_efficientnet_lite0')):
         learn = Learner(loaders(files, valid, a.sizes[0], 0, bs=a.bs), timm.create_model(name, num_classes=36))
         xb, yb = training_batch(learn, a.bs)
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.compiler.reset()
-            plain, fast = trials = [start_trial(learn, xb, yb, Variant(dtype, compiled=k), n_losses=2) for k in (False,True)]
-            clock = work_clock(torch.device('cpu'))
-            plain.times, fast.times = interleaved([t.step for t in trials], a.turns, calls_in(plain.step, .3), clock=clock)
-            ratios = speedups(plain.times, fast.times)
-            step, after = (float(np.median(t.times)) for t in trials)
-            row = dict(model=name, size=a.sizes[0], bs=a.bs, dtype=dtype_names[dtype], compile_s=fast.compile_s, step_s=step, compiled_step_s=after, n=len(ratios),
-                       ratio=float(np.median(ratios)), ratio_min=min(ratios), ratio_max=max(ratios), loss_diff=max(abs(x-y) for x,y in zip(plain.losses, fast.losses)))
-            row['pays_after_hours'] = fast.compile_s/(1-1/row['ratio'])/3600 if row['ratio']>1 else None
-            row['load'] = os.getloadavg()[0] # Of other processes: `compile_s` is by the clock, steps are in CPU seconds on one thread
-            rows.append(row)
-            print(row, flush=True)
-            save(a, 'compile', dict(environment=environment(), settings=dict(turns=a.turns, images='embedded pictures', threads=torch.get_num_threads()), results=rows))
+        torch.compiler.reset()
+        plain, began = start_trial(learn, xb, yb, Variant(dtype), n_losses=2), cpu_seconds()
+        fast = start_trial(learn, xb, yb, Variant(dtype, compiled=True), n_losses=2)
+        compiling = cpu_seconds()-began
+        plain.times, fast.times = interleaved([plain.step, fast.step], a.turns, calls_in(plain.step, .3), clock=clock)
+        ratios = speedups(plain.times, fast.times)
+        step, after = (float(np.median(t.times)) for t in (plain, fast))
+        row = dict(model=name, size=a.sizes[0], bs=a.bs, dtype=dtype_names[dtype], compile_s=compiling, step_s=step, compiled_step_s=after, n=len(ratios),
+                   ratio=float(np.median(ratios)), ratio_min=min(ratios), ratio_max=max(ratios), loss_diff=max(abs(x-y) for x,y in zip(plain.losses, fast.losses)))
+        row['pays_after_minutes'] = compiling/(1-1/row['ratio'])/60 if row['ratio']>1 else None
+        rows.append(row)
+        print(row, flush=True)
+        save(a, 'compile', dict(environment=environment(), settings=dict(turns=a.turns, images='embedded pictures', seconds='of the CPU'), results=rows))
 
 def make_learner(dls, a):
     if not a.weights: return vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(lite0_weights())), metrics=accuracy)

@@ -66,6 +66,7 @@ TRICKS = {
     'fit_stages':Trick('resize/stages', fit=_stages('one_cycle'), worked=_small),
     'to_mixed':Trick('train/precision', learn=lambda learn: learn.to_mixed(torch.bfloat16), worked=_in_bf16),
     'ChannelsLastBatch':Trick('train/precision', worked=_has(ft.ChannelsLastBatch)),
+    'CompiledTraining':Trick('train/compiled', worked=lambda o: bool(getattr(o.learn.compiled_training, '_call', None))),
     'to_depthwise':Trick('models/depthwise', learn=lambda learn: learn.to_depthwise(n=8), worked=_converted),
     'Distill':Trick('train/distill', learn=_distill, worked=_has(ft.Distill)),
     'EMA':Trick('train/ema', worked=_has(ft.EMA)),
@@ -169,7 +170,8 @@ def use(names, photos, out, within=lambda learn: nullcontext()):
         for n in names:
             if TRICKS[n].learn: TRICKS[n].learn(learn)
             elif n in MAKE: learn.add_cb(MAKE[n]())
-        o.handle = learn.model[0].register_forward_hook(lambda m,i,out: o.seen.append((m.training, i[0].shape[-2], out.dtype)))
+        # Of the whole: hooks of inner layers would keep it from being compiled
+        o.handle = learn.model.register_forward_hook(lambda m,i,out: o.seen.append((m.training, i[0].shape[-2], out.dtype)))
         return learn
     def fit(learn):
         o.learn = learn

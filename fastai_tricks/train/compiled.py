@@ -84,8 +84,8 @@ class CompiledTraining(Callback):
     def before_train(self):
         if not is_training(self.learn): return
         model = get_model(self.model)
-        # Who has compiled it, has it so
-        if '_compiled_call_impl' in vars(model) or 'forward' in vars(model): return
+        # Who has compiled it, has it so; the loaders of `distrib_ctx` are known to fastai by their class
+        if '_compiled_call_impl' in vars(model) or 'forward' in vars(model) or hasattr(self.learn, 'distributed_trainer'): return
         if self._call is None or self._call.model is not model: self._call = _CompiledCall(model, self.kwargs)
         self.learn.dl = LoaderProxy(self.dl, during=self._compiled)
 

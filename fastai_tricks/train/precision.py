@@ -25,7 +25,7 @@ from ..core.learner import batch_size, device_of, keep_random, n_items, peek, sa
 from ..core.loader import LoaderProxy
 from ..core.runs import load_json, run_lock
 from ..core.timing import work_clock
-from .compiled import check_compile, CompiledTraining, plan_compile
+from .compiled import check_compile, CompiledTraining, CompilePlan, plan_compile
 from .variants import (best_variant, dtype_names, fp32, images_channels_last, out_of_memory, race_trials, speed_text, speeds,
     start_trial, training_batch, Variant)
 
@@ -295,8 +295,11 @@ def _plan(learn, dtype, channels_last, again=False):
 def _compiles(learn, compile, plan):
     "Is the training compiled? Says why, where that was chosen here"
     device = device_of(learn).type
-    if isinstance(compile, bool) or device not in ('cpu','cuda') or num_distrib()>1: return compile is True
-    with keep_random(): res = plan_compile(learn, compile, Variant(plan.dtype or torch.float32, plan.channels_last))
+    check_arg(not compile or device in ('cpu','cuda'), 'compile', compile, f'False on {device}')
+    if isinstance(compile, bool): return compile
+    if num_distrib()>1: res = CompilePlan(False, 'processes that choose for themselves may choose differently')
+    else:
+        with keep_random(): res = plan_compile(learn, compile, Variant(plan.dtype or torch.float32, plan.channels_last))
     say(learn, str(res))
     return res.compiled
 
