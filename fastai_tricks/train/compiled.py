@@ -101,8 +101,10 @@ class CompiledTraining(Callback):
 # %% ../../nbs/train/compiled.ipynb #d61199ae
 def check_compile(
     compile:bool|int, # As given to `to_mixed`
+    device:str, # Type of the Learner's device
 ):
-    "Raise a ValueError unless it is True, False or a number of epochs"
+    "Raise a ValueError unless it is True, False or a number of epochs, on a device that it is for"
+    check_arg(not compile or device in ('cpu','cuda'), 'compile', compile, f'False on {device}')
     ok = isinstance(compile, bool) or is_int(compile) and compile>0
     check_arg(ok, 'compile', compile, 'True, False or the epochs of the training, a positive integer')
 

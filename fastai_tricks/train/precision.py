@@ -294,8 +294,6 @@ def _plan(learn, dtype, channels_last, again=False):
 
 def _compiles(learn, compile, plan):
     "Is the training compiled? Says why, where that was chosen here"
-    device = device_of(learn).type
-    check_arg(not compile or device in ('cpu','cuda'), 'compile', compile, f'False on {device}')
     if isinstance(compile, bool): return compile
     if num_distrib()>1: res = CompilePlan(False, 'processes that choose for themselves may choose differently')
     else:
@@ -317,7 +315,7 @@ def to_mixed(self:Learner,
     check_arg(channels_last in (None,True,False), 'channels_last', channels_last, 'True, False or None')
     check_arg(again in (True,False), 'again', again, 'True or False')
     check_arg(dtype is None or _works(device_of(self), dtype), 'dtype', dtype, 'torch.float16 or None: this GPU has no bf16')
-    check_compile(compile)
+    check_compile(compile, device_of(self).type)
     DeviceMixedPrecision(torch.float16, **kwargs) # A wrong argument raises before the timing
     plan = _plan(self, dtype, channels_last, again)
     self.from_mixed()

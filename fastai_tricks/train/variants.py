@@ -124,7 +124,8 @@ def _guess(learn, xb, yb, v):
 
 def _own_limit():
     "PyTorch compiles the same method of eight networks, and then no more: of the others it would say nothing but be no faster"
-    return torch._dynamo.config.patch(recompile_limit=256)
+    config = torch._dynamo.config
+    return config.patch(**{'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit':256}) # Before torch 2.7
 
 def _first_steps(trial, n):
     torch.manual_seed(0) # Random layers draw the same in each variant

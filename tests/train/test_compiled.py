@@ -192,3 +192,7 @@ def test_processes_choose_nothing(monkeypatch):
 @pytest.mark.parametrize('compile', [0,-1,1.5,'auto',None])
 def test_bad_arguments(compile):
     with pytest.raises(ValueError, match='`compile` must be True, False or the epochs'): tiny_learner().to_mixed(compile=compile)
+
+def test_not_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(P, 'device_of', lambda learn: torch.device('xla'))
+    with pytest.raises(ValueError, match='`compile` must be False on xla'): tiny_learner().to_mixed(BF16, compile=True)
