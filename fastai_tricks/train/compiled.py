@@ -16,7 +16,7 @@ from fastai.callback.fp16 import MixedPrecision
 from ..core.checks import check_arg, check_keywords, is_int
 from ..core.learner import batch_size, is_training, say
 from ..core.loader import LoaderProxy
-from .variants import best_variant, speeds, start_trial, time_trials, training_batch, Variant
+from .variants import best_variant, many_compiled, speeds, start_trial, time_trials, training_batch, Variant
 
 # %% ../../nbs/train/compiled.ipynb #4440e7fc
 _least = 60. # Seconds that compiling a network and its gradients takes at least; few gain more than half of a training
@@ -65,7 +65,8 @@ class _CompiledCall:
         if hooked or not m.training: return m._call_impl(*args, **kwargs)
         # Its own hooks are called round it
         vars(m)['forward'] = self.forward
-        try: return m._call_impl(*args, **kwargs)
+        try:
+            with many_compiled(): return m._call_impl(*args, **kwargs)
         finally: del vars(m)['forward']
 
 class CompiledTraining(Callback):

@@ -18,7 +18,7 @@ P100,V100,T4,L4,H100,NEWER = (6,0),(7,0),(7,5),(8,9),(9,0),(13,0)
 def test_machine_code_runs_within_a_generation_and_ptx_on_all_later_ones(capability, archs, ok): assert has_kernels(capability, archs)==ok
 
 def fake_gpu(monkeypatch, capability, archs=CU13, name='Tesla P100-PCIE-16GB'):
-    for k,v in dict(is_available=lambda: True, current_device=lambda: 0, get_device_capability=lambda d=None: capability, get_arch_list=lambda: archs, get_device_name=lambda d=None: name).items():
+    for k,v in dict(is_available=lambda: True, current_device=lambda: 'cuda:0', get_device_capability=lambda d=None: capability, get_arch_list=lambda: archs, get_device_name=lambda d=None: name).items():
         monkeypatch.setattr(torch.cuda, k, v)
 
 def test_a_gpu_without_kernels_is_named_in_one_line(monkeypatch):
