@@ -6,6 +6,8 @@ def pytest_collection_finish(session):
     # `cross_validate` collects garbage after each fold: half a second each time, were it to look at all that was imported
     gc.collect()
     gc.freeze()
+    # Where `torch.compile` is loaded before the first backward pass, autograd starts threads, and no test can fork from then on
+    if 'torch' in sys.modules: sys.modules['torch'].ones(1, requires_grad=True).sum().backward()
 
 @pytest.fixture(autouse=True)
 def seeded():

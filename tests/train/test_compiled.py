@@ -48,11 +48,9 @@ def test_training_steps_alone_are_compiled(graphs, tmp_path):
         learn.fit(1)
     assert len(graphs)==1 and list(learn.model.state_dict())==keys
 
-@pytest.mark.parametrize('backend', ['eager','aot_eager'])
 @pytest.mark.parametrize('dtype', [None,BF16])
-def test_the_same_weights(dtype, backend):
-    "Without the compiler proper, which rounds in its own way and takes a minute"
-    if backend=='aot_eager': pytest.importorskip('networkx') # Of older torch
+def test_the_same_weights(dtype):
+    "With a backend that computes as ever: what the callback does is not what a compiler rounds"
     def trained(cbs):
         set_seed(0)
         learn = tiny_learner(cbs=cbs)
@@ -60,7 +58,7 @@ def test_the_same_weights(dtype, backend):
             if dtype: learn.add_cb(P.DeviceMixedPrecision(dtype))
             learn.fit(2)
         return weights(learn)
-    assert torch.allclose(trained([ft.CompiledTraining(backend=backend)]), trained(None), atol=1e-5)
+    assert torch.allclose(trained([ft.CompiledTraining(backend='eager')]), trained(None), atol=1e-6)
 
 # How often ------------------------------------------------------------------------
 
