@@ -5,7 +5,7 @@ import pytest
 from together import here, images, TRICKS, use
 
 # Their own code is named in what `Learner.export` writes, until they are taken off
-NEEDED = set('''PILImageDraft albu_transforms ProgressiveResize to_mixed ChannelsLastBatch to_depthwise Distill EMA WatchCAM background_metrics
+NEEDED = set('''PILImageDraft albu_transforms ProgressiveResize to_mixed CompiledTraining ChannelsLastBatch to_depthwise Distill EMA WatchCAM background_metrics
                 grow_head'''.split())
 PAGE = Path(__file__).resolve().parents[1]/'nbs'/'tutorials'/'kaggle.ipynb'
 
