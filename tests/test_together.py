@@ -32,3 +32,6 @@ def test_the_table_says_nothing_that_no_test_runs():
         where = next(k for k in p if k in WITH)
         file = Path(__file__).parent/'devices'/dict(accelerate_ctx='test_distributed.py', to_xla='test_xla.py')[where]
         assert f'def {WITH[where][next(iter(p - {where}))]}(' in file.read_text(), p
+
+@pytest.mark.parametrize('page', sorted({t.page for t in TRICKS.values() if t.page}))
+def test_page_is_there(page): assert (Path(__file__).parents[1]/'nbs'/f'{page}.ipynb').exists()

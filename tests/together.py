@@ -72,7 +72,7 @@ TRICKS = {
     'EMA':Trick('train/ema', worked=_has(ft.EMA)),
     'fit_warmup_one_cycle':Trick('train/schedule', fit=_one_cycle, worked=_warms_up),
     'fine_tune_warmup':Trick('train/schedule', fit=_fine_tune, worked=_warms_up),
-    'fit_fast':Trick('fast', fit=_fit_fast, worked=lambda o: max(o.lrs[1:])<4e-4),
+    'fit_fast':Trick('fast/fit_fast', fit=_fit_fast, worked=lambda o: max(o.lrs[1:])<4e-4),
     'WatchCAM':Trick('look/cam', worked=lambda o: bool(o.learn.watch_cam.rows)),
     'background_metrics':Trick('look/background', learn=_measure, worked=_measured),
     'grow_head':Trick('models/head', worked=_grown),
