@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]/'fastai_tricks'
 # From the ground up: a package imports from those before it
-LEVELS = ['core','data','train','models','resize','look','devices','fast','cv','report','cli','all']
+LEVELS = ['core','data','train','models','resize','look','devices','fast','cv','report','deploy','cli','all']
 MODULES = [f for f in sorted(ROOT.rglob('*.py')) if f.name not in ('_modidx.py','__init__.py')]
 
 def name(f): return f.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
