@@ -9,7 +9,7 @@ __all__ = ['resize_weights', 'mean_weights', 'sample_weights', 'sample_matrices'
 
 # %% ../../nbs/deploy/whole.ipynb #4adea4e9
 from fastai.vision.all import *
-from .plan import InferencePlan, Sample, Step
+from .plan import InferencePlan, Sample
 
 # %% ../../nbs/deploy/whole.ipynb #492cf61b
 def _bilinear(x): return (1-x.abs()).clamp(min=0)
@@ -165,7 +165,8 @@ class WholeInference(nn.Module):
     ):
         super().__init__()
         self.prepare,self.networks = Prepare(plan),nn.ModuleList(networks)
-        self.activation,self.task,self.half_precision = plan.activation,plan.task,half
+        self.activation,self.task = plan.activation,plan.task
+        self.half_precision = half
         if half: self.networks.half()
 
     def _answer(self, y):
