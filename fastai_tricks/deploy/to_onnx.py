@@ -95,15 +95,16 @@ def exported_program(
         warnings.simplefilter('ignore')
         return torch.export.export(whole, (x,), dynamic_shapes=({0:b,1:h,2:w},), strict=False)
 
+def _causes(e): return [e, *_causes(e.__cause__)] if e is not None else []
+
 def _layer_of(program, e):
     "The layer of the operator that an error of the exporter names"
-    said = []
-    while e is not None: said,e = [*said,str(e)],e.__cause__
-    for op in re.findall(r'torch\.ops\.([\w.]+)', ' '.join(said)):
-        for n in program.graph.nodes:
-            if str(n.target)!=op: continue
-            stack = list(n.meta.get('nn_module_stack', {}).values())
-            return f'operator {op} of layer {stack[-1][0]}' if stack else f'operator {op}'
+    for op in re.findall(r'torch\.ops\.\w+\.(\w+)', ' '.join(map(str, _causes(e)))):
+        # A decomposition may have given it another name
+        node = next((n for n in program.graph.nodes if op in str(n.target)), None)
+        if node is None: continue
+        stack = list(node.meta.get('nn_module_stack', {}).values())
+        return f'operator {node.target}' + (f' of layer {stack[-1][0]}' if stack else '')
     return 'an operator'
 
 def _prepares(node):
@@ -120,7 +121,8 @@ def onnx_proto(
         warnings.simplefilter('ignore')
         names = dict(input_names=['image'], output_names=[output])
         try: res = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False, **names).model_proto
-        except Exception as e: raise CannotExport(f'{_layer_of(program, e)} cannot be exported to ONNX: {_first_line(e)}') from e
+        except Exception as e:
+            raise CannotExport(f'{_layer_of(program, e)} cannot be exported to ONNX: {_first_line(_causes(e)[-1])}') from e
     prepare = [n.name for n in res.graph.node if _prepares(n)]
     _forget(res)
     return res,prepare

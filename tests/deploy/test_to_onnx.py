@@ -1,0 +1,233 @@
+"What a Learner of any kind predicts, its ONNX file predicts too; what cannot be exported says so and leaves no file"
+import json, sys
+from pathlib import Path
+import numpy as np, pytest, timm, torch
+from PIL import Image
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
+from fastai.data.transforms import IndexSplitter, Normalize, parent_label
+from fastai.learner import Learner, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
+from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, Resize, aug_transforms
+from fastai.vision.core import PILImage, PILImageBW, PILMask, imagenet_stats
+from fastai.vision.data import ImageBlock, MaskBlock
+from fastai.vision.learner import unet_learner, vision_learner
+from torchvision.models import resnet18
+import fastai_tricks.all as ft
+from fastai_tricks.deploy.file import open_onnx
+from fastai_tricks.deploy.int8 import nearest_int8
+from fastai_tricks.deploy.plan import Step, item_steps
+from fastai_tricks.deploy.to_onnx import CannotExport, file_predictions
+from fastai_tricks.deploy.whole import Prepare
+from fastai_tricks.deploy.plan import InferencePlan, plan_inference
+sys.path.append(str(Path(__file__).parents[1]))
+from together import here, images, TRICKS, use
+
+pytest.importorskip('onnxruntime')
+SIZES = (90,70),(64,64),(41,120),(200,131)
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    d,rng = tmp_path_factory.mktemp('photos'),np.random.default_rng(0)
+    for i in range(24):
+        small = rng.integers(0, 256, (5,5,3), dtype=np.uint8)
+        f = d/'abc'[i%3]/f'{i}.jpg'
+        f.parent.mkdir(exist_ok=True)
+        Image.fromarray(small).resize(SIZES[i%4], Image.BICUBIC).save(f)
+    return sorted(d.rglob('*.jpg'))
+
+def loaders(photos, item=None, batch=(), blocks=(ImageBlock,CategoryBlock), get_y=parent_label):
+    block = DataBlock(blocks, get_y=get_y, splitter=IndexSplitter(range(0, 24, 3)), item_tfms=item or Resize(64), batch_tfms=list(batch))
+    return block.dataloaders(photos, bs=4, num_workers=0)
+
+class Net(nn.Sequential):
+    def __init__(self, c, n_in=3): super().__init__(nn.Conv2d(n_in, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, c))
+
+def learner(dls, model=None, path=None, **kwargs):
+    model = model or Net(dls.c)
+    for m in model.modules():
+        if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=.3) # Answers that differ from image to image
+    return Learner(dls, model, path=path, **kwargs)
+
+def differs(learn, file):
+    "Largest difference of a file's predictions from those of `get_preds`, as a part of how far those of the validation set differ from each other"
+    session,about = open_onnx(file)
+    ims = [PILImage.create(f) for f in learn.dls.valid_ds.items]
+    got,expected = file_predictions(session, ims),learn.get_preds()[0].numpy()
+    return abs(got-expected).max()/expected.std(0).max()
+
+NETS = dict(resnet=lambda c: timm.create_model('test_resnet', num_classes=c), vit=lambda c: timm.create_model('test_vit', num_classes=c, img_size=64),
+            convnext=lambda c: timm.create_model('test_convnext', num_classes=c), efficientnet=lambda c: timm.create_model('test_efficientnet', num_classes=c))
+
+@pytest.mark.parametrize('name', NETS)
+def test_networks(name, photos, tmp_path, capsys):
+    learn = learner(loaders(photos), NETS[name](3), tmp_path)
+    f = learn.to_onnx('m.onnx')
+    assert differs(learn, f)<.05 and 'the same answer for 8 of 8' in capsys.readouterr().out
+    assert [o.name for o in tmp_path.iterdir()]==['m.onnx']
+
+TFMS = dict(crop=(Resize(48),()), wide=(Resize((32,64)),()), pad=(Resize(64, method='pad', pad_mode='zeros'),()), mirrored=(Resize(64, method='pad'),()),
+            squish=(Resize(40, method='squish'),()), random=(RandomResizedCrop(48),()), cut=(CropPad(80),()), cut_at_random=(RandomCrop(40),()),
+            presize=(Resize(96),[*aug_transforms(size=48),Normalize.from_stats(*imagenet_stats)]), on_device=(Resize(96, method='squish'),[RandomResizedCropGPU((40,48))]))
+
+@pytest.mark.parametrize('name', TFMS)
+def test_transforms(name, photos, tmp_path):
+    learn = learner(loaders(photos, *TFMS[name]), path=tmp_path)
+    assert differs(learn, learn.to_onnx('m.onnx'))<.02
+
+def test_pillow_pixel_for_pixel():
+    "In all kinds, filters and ways to pad, no pixel is more than one of 255 levels away"
+    rng = np.random.default_rng(0)
+    tfms = [Resize(96), Resize(96, resamples=(Image.BICUBIC,0)), Resize((64,100)), Resize(77, method='squish'), RandomResizedCrop(96), RandomCrop(80),
+            *(Resize((100,64), method='pad', pad_mode=p) for p in ('zeros','border','reflection')), *(CropPad(150, pad_mode=p) for p in ('zeros','reflection'))]
+    for wh in ((301,199),(40,90),(97,97),(500,60),(1200,801)):
+        im = Image.fromarray(rng.integers(0, 256, (9,9,3), dtype=np.uint8)).resize(wh, Image.BICUBIC)
+        for t in tfms:
+            expected = np.asarray(t(PILImage(im), split_idx=1)).astype(float)
+            got = Prepare(InferencePlan(item_steps(t)))(torch.tensor(np.asarray(im))[None])[0].permute(1,2,0).numpy()*255
+            assert abs(got-expected).max()<1.01 and abs(got-expected).mean()<.15, (wh, t)
+
+def kinds(photos):
+    names = ['a','b','c']
+    many = loaders(photos, blocks=(ImageBlock,MultiCategoryBlock), get_y=lambda f: [f.parent.name, names[len(f.stem)]])
+    value = loaders(photos, blocks=(ImageBlock,RegressionBlock(2)), get_y=lambda f: torch.tensor([float(f.stem), 1.]))
+    grey = loaders(photos, blocks=(ImageBlock(cls=PILImageBW),CategoryBlock))
+    return dict(labels=lambda: learner(many), values=lambda: learner(value, Net(2), loss_func=MSELossFlat()), grey=lambda: learner(grey, Net(3, 1)),
+                plain=lambda: learner(loaders(photos), loss_func=nn.CrossEntropyLoss()), vision=lambda: vision_learner(loaders(photos), resnet18, pretrained=False))
+
+@pytest.mark.parametrize('kind,task,output', [('labels','labels','probabilities'), ('values','values','values'), ('grey','classes','probabilities'),
+                                              ('plain','classes','probabilities'), ('vision','classes','probabilities')])
+def test_answers(kind, task, output, photos, tmp_path):
+    learn = kinds(photos)[kind]()
+    learn.path = tmp_path
+    session,about = open_onnx(learn.to_onnx('m.onnx'))
+    assert about['task']==task and session.get_outputs()[0].name==output and about['size']==[64,64]
+    assert about['classes']==([] if task=='values' else ['a','b','c']) and 'torch' in about['versions']
+    p = file_predictions(session, [PILImage.create(f) for f in learn.dls.valid_ds.items])
+    if task=='classes': assert np.allclose(p.sum(1), 1, atol=1e-5)
+    if kind!='plain': assert np.allclose(p, learn.get_preds()[0], atol=2e-3*max(1, abs(p).max()))
+
+def test_unet(photos, tmp_path):
+    block = DataBlock((ImageBlock,MaskBlock(['a','b','c'])), get_y=lambda f: PILMask.create(np.asarray(PILImage.create(f).convert('L'))//86),
+                      splitter=IndexSplitter(range(0, 24, 3)), item_tfms=Resize(64))
+    dls = block.dataloaders(photos, bs=4, num_workers=0)
+    learn = unet_learner(dls, resnet18, pretrained=False, path=tmp_path)
+    session,about = open_onnx(learn.to_onnx('m.onnx'))
+    got = file_predictions(session, [PILImage.create(f) for f in dls.valid_ds.items])
+    expected = learn.get_preds()[0].argmax(1).numpy()
+    assert got.dtype==np.uint8 and got.shape==(8,64,64) and (got==expected).mean()>.99 and len(np.unique(got))>1
+    learn.to_onnx('q.onnx', precision='int8', calibrate=4, force=True)
+    learn.fit(1) # It goes on
+
+def test_batches_of_any_number_and_size(photos, tmp_path):
+    session,_ = open_onnx(learner(loaders(photos), path=tmp_path).to_onnx('m.onnx'))
+    x = np.random.default_rng(0).integers(0, 256, (5,33,47,3), dtype=np.uint8)
+    many,one = session.run(None, {'image':x})[0],[session.run(None, {'image':o[None]})[0][0] for o in x]
+    assert many.shape==(5,3) and np.allclose(many, one, atol=1e-5)
+
+@pytest.fixture(scope='module')
+def together(tmp_path_factory): return images(tmp_path_factory.mktemp('together'))
+
+# What they leave on a Learner is in its model, loaders and callbacks; schedules leave nothing
+LEAVES = [o for o in TRICKS if here(o) and TRICKS[o].page and not o.startswith(('fit_warmup','fine_tune','climb'))]
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_after_each_trick(name, together, tmp_path):
+    learn = use((name,), together, tmp_path).learn
+    for m in learn.model.modules(): m._forward_hooks.clear() # Which the test hung in
+    learn.path = tmp_path
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    session,_ = open_onnx(learn.to_onnx('m.onnx'))
+    assert session.get_inputs()[0].shape[3]==3
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+def test_loaded_learner(photos, tmp_path):
+    learn = learner(loaders(photos), path=tmp_path)
+    learn.export('l.pkl')
+    loaded = load_learner(tmp_path/'l.pkl')
+    assert differs(learn, loaded.to_onnx(tmp_path/'m.onnx'))<.01
+    with pytest.raises(ValueError, match='without training and validation images'): loaded.to_onnx(tmp_path/'q.onnx', precision='int8')
+
+def test_ensemble(photos, tmp_path):
+    block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, item_tfms=Resize(32))
+    cv = ft.cross_validate(lambda dls: learner(dls), block, photos, n_splits=3, fit=lambda l: l.fit(1), num_workers=0, device='cpu', bs=4, out=tmp_path/'cv')
+    session,_ = open_onnx(cv.to_onnx(tmp_path/'m.onnx'))
+    got = file_predictions(session, [PILImage.create(f) for f in photos[:6]])
+    assert np.allclose(got, cv.predict(photos[:6]), atol=2e-3) and not np.allclose(got, cv.learner(0).get_preds(dl=cv.learner(0).dls.test_dl(photos[:6]))[0], atol=1e-3)
+
+def test_fp16(photos, tmp_path):
+    learn = learner(loaders(photos), timm.create_model('test_resnet', num_classes=3), tmp_path)
+    half,whole = learn.to_onnx('h.onnx', 'fp16'),learn.to_onnx('m.onnx')
+    assert differs(learn, half)<.1 and half.stat().st_size<.75*whole.stat().st_size
+
+def trained(photos, path):
+    learn = learner(loaders(photos, batch=[Normalize.from_stats(*imagenet_stats)]), timm.create_model('test_resnet', num_classes=3), path, metrics=accuracy)
+    return learn
+
+def test_int8(photos, tmp_path, capsys):
+    learn = trained(photos, tmp_path)
+    f = learn.to_onnx('q.onnx', 'int8', calibrate=8, force=True)
+    out = capsys.readouterr().out
+    session,about = open_onnx(f)
+    said = about['int8']
+    assert f"accuracy {said['fp32']:.3f} in fp32, {said['int8']:.3f} in int8 on 8 validation images" in out and about['precision']=='int8'
+    preds = file_predictions(session, [PILImage.create(o) for o in learn.dls.valid_ds.items])
+    targs = np.array([int(y) for _,y in learn.dls.valid_ds])
+    assert said['int8']==round((preds.argmax(1)==targs).mean(), 4) and said['fp32']==round(float(learn.validate()[1]), 4)
+    assert f.stat().st_size<.8*learn.to_onnx('m.onnx').stat().st_size
+
+def test_int8_that_loses_is_refused(photos, tmp_path, monkeypatch):
+    learn = trained(photos, tmp_path)
+    scores = iter([.9,.88])
+    monkeypatch.setattr('fastai_tricks.deploy.int8.answer_score', lambda *a: next(scores))
+    with pytest.raises(ValueError, match='int8 loses 2.0 points of accuracy'): learn.to_onnx('q.onnx', 'int8', calibrate=4)
+    assert not list(tmp_path.iterdir())
+
+def test_program(photos, tmp_path):
+    learn = learner(loaders(photos), path=tmp_path)
+    module = torch.export.load(learn.to_program('m.pt2')).module()
+    got = torch.cat([module(torch.tensor(np.asarray(PILImage.create(f)))[None]) for f in learn.dls.valid_ds.items])
+    assert torch.allclose(got, learn.get_preds()[0], atol=1e-3)
+    about = {'classes':''}
+    torch.export.load(tmp_path/'m.pt2', extra_files=about)
+    assert json.loads(about['classes'])==['a','b','c']
+
+class Odd(nn.Module):
+    "Has an operator that ONNX does not know"
+    def forward(self, x): return torch.special.bessel_j1(x)
+class Branches(nn.Module):
+    "Decides by what it sees"
+    def forward(self, x): return x if x.sum()>0 else -x
+class Two(nn.Module):
+    def forward(self, x): return x,x
+
+@pytest.mark.parametrize('layer,said', [(Odd, r'bessel_j1.*networks\.0\.3'), (Branches, r'networks\.0\.3 \(Branches\)')])
+def test_what_cannot_be_exported_is_named(layer, said, photos, tmp_path):
+    learn = learner(loaders(photos), nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3), layer()), tmp_path)
+    with pytest.raises(CannotExport, match=said): learn.to_onnx('m.onnx')
+    assert not list(tmp_path.iterdir())
+
+class Doubled(Callback):
+    def after_pred(self): self.learn.pred = self.pred*5
+
+def test_other_predictions_are_refused(photos, tmp_path):
+    learn = learner(loaders(photos), path=tmp_path, cbs=Doubled())
+    with pytest.raises(ValueError, match="its predictions are not those of `get_preds` .8 images: largest difference"): learn.to_onnx('m.onnx')
+    assert not list(tmp_path.iterdir())
+
+def test_wrong_arguments(photos, tmp_path):
+    learn = learner(loaders(photos), path=tmp_path)
+    for args,said in ((('m.pkl',), "`path` must be a file name that ends in '.onnx'"), (('m.onnx','int4'), "`precision` must be 'fp32', 'fp16' or 'int8', not 'int4'"),
+                      (('m.onnx','int8',0), '`calibrate` must be a positive integer'), (('m.onnx','fp32',1,0), '`n_check` must be')):
+        with pytest.raises(ValueError, match=said): learn.to_onnx(*args)
+    two = learner(loaders(photos), nn.Sequential(Net(3), Two()), tmp_path)
+    with pytest.raises(ValueError, match='a network that gives a tuple'): two.to_onnx('m.onnx')
+    with pytest.raises(ValueError, match='lambda'): learner(loaders(photos, [Resize(64), lambda x: x]), path=tmp_path).to_onnx('m.onnx')
+    assert not list(tmp_path.iterdir())
+
+def test_nothing_of_this_machine_is_in_the_file(photos, tmp_path):
+    data = learner(loaders(photos), path=tmp_path).to_onnx('m.onnx').read_bytes()
+    assert b'.py' not in data and str(Path(__file__).parents[2]).encode() not in data and str(tmp_path).encode() not in data
