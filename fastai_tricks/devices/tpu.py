@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from ..core.learner import batch_size, say
-from .xla import _attach, _attached, _check_args, _tfms_on_cpu, _XLA
+from .xla import add_xla_callback, check_tpu_args, tfms_on_cpu, xla_callback, XLACallback
 
 # %% ../../nbs/devices/tpu.ipynb #4fb2245d
 def tpu_package()->str: # 'torch_xla' or 'torch_tpu'
@@ -45,7 +45,7 @@ class TPUPlan:
         line = f"to_tpu: torch_tpu, one device, batches of {self.bs}, {'bf16' if self.bf16 else 'fp32'}"
         return line + f"; batch transforms on the CPU: {', '.join(self.on_cpu)}" if self.on_cpu else line
 
-class _TPU(_XLA):
+class _TPU(XLACallback):
     "One device: nothing to share out among cores, and each operation is run as it comes"
     cores,axis = 1,None
     tx = None # Nothing to report from
@@ -63,11 +63,11 @@ def to_tpu(self:Learner,
 ):
     "Train, validate and predict on a TPU: on all cores by torch_xla (`to_xla`), or on one device by torch_tpu"
     if tpu_package()=='torch_xla': return self.to_xla(bf16=bf16, last=last, every=every)
-    if _attached(self): return self
-    _check_args(last, every, bf16)
+    if xla_callback(self): return self
+    check_tpu_args(last, every, bf16)
     tpu_device()
-    plan = TPUPlan(batch_size(self.dls.train), bf16, _tfms_on_cpu(self.dls.train))
-    _attach(self, _TPU(last, every, self._grab_cbs(MixedPrecision)), bf16)
+    plan = TPUPlan(batch_size(self.dls.train), bf16, tfms_on_cpu(self.dls.train))
+    add_xla_callback(self, _TPU(last, every, self._grab_cbs(MixedPrecision)), bf16)
     say(self, str(plan))
     return self
 
@@ -81,7 +81,7 @@ def from_tpu(self:Learner):
 @delegates(Learner.to_tpu)
 def tpu_ctx(self:Learner, **kwargs):
     "On a TPU within, as before after it, whatever ends it"
-    within = _attached(self) is not None # Another one's, which ends it
+    within = xla_callback(self) is not None # Another one's, which ends it
     try: yield self.to_tpu(**kwargs)
     finally:
         if not within: self.from_tpu()
