@@ -126,8 +126,10 @@ def test_public_name_is_documented(name):
     o = public()[name]
     if callable(o):
         assert name in SYMS and inspect.getdoc(o), 'exported by a page, with a docstring'
-        docs = docments(o, full=True)
-        assert not [p for p in own_params(o) if not (docs.get(p) or {}).get('docment')], 'a comment for each parameter'
+        params = own_params(o)
+        # Python 3.10 has no signature for an exception without parameters of its own
+        docs = docments(o, full=True) if params else {}
+        assert not [p for p in params if not (docs.get(p) or {}).get('docment')], 'a comment for each parameter'
     assert re.search(rf"\b{name.split('.')[-1]}\b", SHOWN), 'used or told of in a page'
 
 @pytest.mark.parametrize('name', NBS)

@@ -233,7 +233,8 @@ def test_the_first_is_refused_by_pillow(tmp_path, capsys, data, error, num_worke
     dls = skip_corrupt(block(), max_share=.5).dataloaders(tmp_path, bs=4, num_workers=num_workers, device='cpu')
     learn = tiny_learner(dls, cbs=Received())
     with learn.no_bar(): learn.fit(1)
-    assert names(learn, tmp_path)==set(bad) and all(error in e for e in learn.corrupt_images['error']) and set(learn.corrupt_images['times'])=={1}
+    # Pillow 10 capitalises each word
+    assert names(learn, tmp_path)==set(bad) and all(error.lower() in e.lower() for e in learn.corrupt_images['error']) and set(learn.corrupt_images['times'])=={1}
     assert len(learn.received.got)==8+4 and all(x==y for x,y in learn.received.got)
     assert "skip_corrupt: 2 images cannot be decoded: 'a/0.png', 'b/3.png'" in capsys.readouterr().out.replace("'b/3.png', 'a/0.png'", "'a/0.png', 'b/3.png'")
 
