@@ -1,4 +1,4 @@
-"""The parts of `gpu.py`, measured in this process: each is a generator that gives, turn by turn, the rows that there are and the sentence that they come to
+"""The parts of `gpu.py`, measured in this process: each is a generator that gives, turn by turn, the rows that there are, the sentence that they come to, and whether this turn is the `last`
 
 Seconds are the wall clock's, after all that was queued on the GPU is done. Ratios are of the same turn: `n` of them, their median, least and greatest.
 """
@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import timm, torch
 import torch._dynamo
-from fastai.vision.all import (Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Learner, PILImage, Pipeline, Resize, accuracy, default_device, parent_label, set_seed,
-                               vision_learner)
+from fastai.vision.all import Callback, Learner, PILImage, accuracy, default_device, set_seed, vision_learner
 from torch import nn
 
 import fastai_tricks.train.precision as to_mixed_code
@@ -27,6 +26,7 @@ from fastai_tricks.resize.sizes import scaled_bs
 from fastai_tricks.train.precision import half_dtype
 from fastai_tricks.train.variants import Variant, start_trial, time_trials, training_batch, training_step
 from gpu import read, write
+from loader_ways import Job, fastai_block, fastai_loader
 from precision import chosen, make_learner
 from scratch import reached
 
@@ -95,7 +95,7 @@ def precision(work):
         said.append(f"{name}: {row['chose']}, {row['ratio']:.2f} times as fast as fp32 ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}, n={row['n']}), "
                     f"{row['ratio']/best['ratio']:.0%} of the fastest's speed, {rows[-1]['memory_ratio']:.0%} of fp32's memory")
         free()
-        yield dict(results=rows, says=f'`to_mixed` chose in training steps of {work.bs} images, {work.size} px, for ' + '; '.join(said) + '.')
+        yield dict(last=name==work.nets[-1], results=rows, says=f'`to_mixed` chose in training steps of {work.bs} images, {work.size} px, for ' + '; '.join(said) + '.')
 
 
 def compiled(work):
@@ -106,7 +106,7 @@ def compiled(work):
         with torch._dynamo.config.patch(disable=work.small): rows.append(dict(model=name, size=work.size, bs=work.bs, eager=str(v), **with_compile(work, network(name, dls), v)))
         free()
         said = [f"{r['model']} {text(r['to_eager'])}, after {r['compile_s']:.0f} s" if not r['note'] else f"{r['model']}: {r['note']}" for r in rows]
-        yield dict(results=rows, says=f'`torch.compile`, times the speed of {v} without it: ' + '; '.join(said) + '.')
+        yield dict(last=name==work.nets[-1], results=rows, says=f'`torch.compile`, times the speed of {v} without it: ' + '; '.join(said) + '.')
 
 
 def with_compile(work, learn, v):
@@ -148,15 +148,16 @@ def resize(work):
         rows += [dict(model=name, plan=str(plan), larger_batches=i==1, pixels=plan.share, time=o) for i, o in enumerate(wholes)]
         said.append(f'{name} {text(wholes[0])}, with larger batches of small images {text(wholes[1])}')
         free()
-        yield dict(results=rows, precision=str(fast()), bs=work.bs, says=f'`ProgressiveResize` from scratch, {work.size} px, costs {plan.share:.2f} of full size by the pixels, and by the time of '
-                   f'training steps ({fast()}, {work.bs} images): ' + '; '.join(said) + '.')
+        yield dict(last=name==work.convs[-1], results=rows, precision=str(fast()), bs=work.bs,
+                   says=f'`ProgressiveResize` from scratch, {work.size} px, costs {plan.share:.2f} of full size by the pixels, and by the time of training steps ({fast()}, {work.bs} images): ' + '; '.join(said) + '.')
 
 
 def depthwise(work):
     "Layers and a network, dense and depthwise-separable, in fp32 and 16 bits"
     rows, said, device = [], [], default_device()
     half = fast().dtype
-    for dtype in dict.fromkeys((None, None if half==torch.float32 else half)):
+    dtypes = list(dict.fromkeys((None, None if half==torch.float32 else half)))
+    for dtype in dtypes:
         name = str(Variant(dtype or torch.float32))
         for c, side in work.layers:
             conv = nn.Conv2d(c, c, 3, padding=1, bias=False).to(device)
@@ -174,7 +175,7 @@ def depthwise(work):
         free()
         layers = [r for r in rows if r['what']=='layer' and r['precision']==name]
         said.append(f'single layers in {name} ' + ', '.join(f"{r['speedup']['median']:.2f} ({r['channels']} channels, {r['side']} px)" for r in layers))
-        yield dict(results=rows, says=f'All dense convolutions of {work.convs[0]} depthwise-separable, times the dense speed: ' + '; '.join(said) + '.')
+        yield dict(last=dtype==dtypes[-1], results=rows, says=f'All dense convolutions of {work.convs[0]} depthwise-separable, times the dense speed: ' + '; '.join(said) + '.')
 
 
 @contextmanager
@@ -210,12 +211,12 @@ def bs_find(work):
     train = [f for i, f in enumerate(files) if i not in {*valid}]
     files = (train*(2*work.max_bs//len(train)+1))[:2*work.max_bs] + [files[valid[0]]]
     with memory_of(work.gib):
-        for _ in range(work.searches):
-            for dtype in dict.fromkeys((None, None if half==torch.float32 else half)):
-                dls = loaders(files, [len(files)-1], work.size, 0, bs=work.bs, num_workers=work.train_workers)
-                rows.append(dict(model=name, precision=str(Variant(dtype or torch.float32, channels_last=bool(dtype))), size=work.size, gib=work.gib, **search(network(name, dls), dtype, work.max_bs)))
-                free()
-                yield dict(results=rows, says=f'`bs_find` within {work.gib} GiB, {name} at {work.size} px: ' + _searches(rows) + '.')
+        dtypes = [*dict.fromkeys((None, None if half==torch.float32 else half))]*work.searches
+        for i, dtype in enumerate(dtypes, 1):
+            dls = loaders(files, [len(files)-1], work.size, 0, bs=work.bs, num_workers=work.train_workers)
+            rows.append(dict(model=name, precision=str(Variant(dtype or torch.float32, channels_last=bool(dtype))), size=work.size, gib=work.gib, **search(network(name, dls), dtype, work.max_bs)))
+            free()
+            yield dict(last=i==len(dtypes), results=rows, says=f'`bs_find` within {work.gib} GiB, {name} at {work.size} px: ' + _searches(rows) + '.')
 
 
 def _searches(rows):
@@ -249,14 +250,10 @@ def taken(work):
 
 
 def batches(work, folder, workers, cls=PILImage, cache=False):
-    "fastai's loader without batch transforms: bytes, on the CPU"
-    block = DataBlock((ImageBlock(cls), CategoryBlock), get_y=parent_label, splitter=IndexSplitter([0]), item_tfms=Resize(work.size))
-    if cache: block = cached(block, where='memory')
-    files = sorted(folder.rglob('*.jpg'))
-    # The first photo once more, to validate. Small batches, as each worker must have several
-    dl = block.dataloaders([files[0], *files], bs=work.loader_bs, num_workers=workers, device='cpu').train
-    dl.after_batch = Pipeline([])
-    return dl
+    "fastai's loader without batch transforms: bytes, on the CPU. Small batches, as each worker must have several"
+    job = Job(folder, work.wh, work.size, 'Resize', workers, work.tmp)
+    block = fastai_block(job, cls)
+    return fastai_loader(cached(block, where='memory') if cache else block, job.files, workers, work.loader_bs)
 
 
 def epoch_rate(dl):
@@ -275,9 +272,9 @@ def loader(work):
         dls |= {('plain', w): batches(work, folder, w), ('PILImageDraft', w): batches(work, folder, w, PILImageDraft),
                 ('resized_copies', w): batches(work, work.tmp/'copies'/str(work.size), w), ('cached', w): batches(work, folder, w, cache=True)}
         epoch_rate(dls['cached', w]) # Its first epoch decodes
-    for _ in range(work.rounds):
+    for i in range(work.rounds):
         for key, dl in dls.items(): rates.setdefault(key, []).append(epoch_rate(dl))
-        yield _loader_result(work, gpu, rates)
+        yield dict(last=i==work.rounds-1, **_loader_result(work, gpu, rates))
 
 
 def _loader_result(work, gpu, rates):
@@ -335,7 +332,7 @@ def trainings(work, nets, lines):
             for line in lines[seed%len(lines):] + lines[:seed%len(lines)]:
                 if not work.small: to_mixed_code._chosen.clear() # Each run times precisions for itself
                 runs.append(dict(net=net, line=line, seed=seed, **train(learner(make, seed), line, test)))
-                yield dict(results=(rows := compared(runs, lines)), runs=runs, **sizes, says=_says(rows, lines, sizes))
+                yield dict(last=len(runs)==work.seeds*len(nets)*len(lines), results=(rows := compared(runs, lines)), runs=runs, **sizes, says=_says(rows, lines, sizes))
 
 
 def compared(runs, lines):
@@ -412,9 +409,9 @@ def measure(turns, deadline, write):
     note()
     try:
         for o in turns:
-            now = time.time()
+            now, whole = time.time(), o.pop('last')
             note(**o)
-            if 2*now-last>deadline: return note(status='out of time')
+            if not whole and 2*now-last>deadline: return note(status='out of time')
             last = now
         note(status='done')
     except Exception as e:

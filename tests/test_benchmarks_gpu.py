@@ -107,10 +107,18 @@ def test_no_turn_begins_that_would_not_end_in_time(parts, monkeypatch):
     def turns():
         for i in range(99):
             clock.now += 1
-            yield dict(results=[i])
+            yield dict(last=i==99, results=[i])
     parts.measure(turns(), 5.5, lambda o: seen.append(dict(o)))
     assert seen[-1]['status']=='out of time' and clock.now==5 and seen[-1]['results']==[4] and seen[-1]['seconds']==5
     assert [o['results'] for o in seen[:3]]==[[],[0],[1]] and seen[1]['status']=='running'
+    # The last one took long: nothing is left that another such turn would be needed for
+    clock.now = 0.
+    def two():
+        for i in (1,2):
+            clock.now += 1
+            yield dict(last=i==2, results=[i])
+    parts.measure(two(), 2.5, lambda o: seen.append(dict(o)))
+    assert seen[-1]['status']=='done' and seen[-1]['results']==[2] and 'last' not in seen[-1]
 
 # The process that watches ---------------------------------------------------------------
 
