@@ -321,22 +321,27 @@ def test_predictions_are_put_together_within_the_graph():
     with quiet(learn): learn.validate(), learn.validate()
     assert compiled(learn)==1
 
-@xla
-def test_fits_of_fastai_and_of_ours(tmp_path):
-    learn = make(size=48)
-    learn.path = tmp_path
-    learn.to_xla(bf16=False)
-    w = weights(learn)
+STAGES = ft.Stage(32, 1), ft.Stage(48, 1)
+
+def fits(learn, path):
+    "Weights after `fine_tune` and `fit_stages`, on any device; `lr_find` leaves them as they were"
+    learn.path = path
+    was = weights(learn)
     with quiet(learn):
         learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
-        assert same_weights(w, weights(learn), 0) and len(learn.recorder.losses)==6
+        assert same_weights(was, weights(learn), 0) and len(learn.recorder.losses)==6
         learn.fine_tune(1, freeze_epochs=1)
-        df = learn.fit_stages([ft.Stage(32, 1), ft.Stage(48, 1)])
-        done = weights(learn)
-        again = make(size=48)
-        again.path = tmp_path
-        with quiet(again): again.to_xla(bf16=False).fit_stages([ft.Stage(32, 1), ft.Stage(48, 1)])
-    assert len(df)==2 and not same_weights(w, done) and same_weights(weights(again), done, 0)
+        assert len(learn.fit_stages([*STAGES]))==2
+    done = weights(learn)
+    assert not same_weights(was, done)
+    return done
+
+@xla
+def test_fits_of_fastai_and_of_ours(tmp_path):
+    done,again = fits(make(size=48).to_xla(bf16=False), tmp_path),make(size=48)
+    again.path = tmp_path
+    with quiet(again): again.to_xla(bf16=False).fit_stages([*STAGES])
+    assert same_weights(weights(again), done, 0)
 
 @xla
 def test_head_first_as_on_the_cpu():
