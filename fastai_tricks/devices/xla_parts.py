@@ -102,8 +102,9 @@ class LazyLoss(AvgSmoothLoss):
     ):
         super().__init__(recorder.smooth_loss.beta)
         self.recorder,self.every = recorder,every
-        self.waiting,self.shown = [],None
-        self.count,self.val = recorder.smooth_loss.count,recorder.smooth_loss.val
+        self.reset()
+        # Before 2.8.8 fastai's has neither until the first fit
+        self.count,self.val = (getattr(recorder.smooth_loss, k, getattr(self, k)) for k in ('count','val'))
     def __reduce__(self): return AvgSmoothLoss, (self.beta,) # In an exported Learner
 
     def reset(self):

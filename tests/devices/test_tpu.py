@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
+from packaging.version import Version
 import fastai_tricks.all
 from fastai_tricks.core.test_utils import tiny_learner
 import fastai_tricks.devices.tpu as tpu
@@ -64,6 +65,7 @@ def test_wrong_arguments(installed, kw):
     with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): tiny_learner().to_tpu(**kw)
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='compiles a device')
+@pytest.mark.skipif(Version(torch.__version__)<Version('2.11'), reason='torch_tpu asks for torch 2.11')
 @pytest.mark.skipif(find_spec('torch_xla') is not None, reason='torch_xla comes first')
 def test_on_a_device_of_its_kind(tmp_path):
     env = {**os.environ, 'STANDIN_TPU':str(compile_device(tmp_path)), 'OMP_NUM_THREADS':'1'}

@@ -2,6 +2,7 @@
 import os, re, subprocess, sys
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
 os.environ.update({k:os.environ.get(k, v) for k,v in dict(PJRT_DEVICE='CPU', CPU_NUM_DEVICES='8', TF_CPP_MIN_LOG_LEVEL='2').items()})
@@ -133,7 +134,8 @@ def standin(monkeypatch):
     spmd = ns(Mesh=Mesh, mark_sharding=lambda t, mesh, axes: shared.append((tuple(t.shape), axes)))
     runtime,metrics = ns(is_spmd=lambda: True, global_runtime_device_count=lambda: 8),ns(metric_data=lambda name: None, counter_names=list)
     debug,distributed,core = ns(metrics=metrics),ns(spmd=spmd),ns(xla_model=ns(wait_device_ops=lambda: None))
-    tx = ns(runtime=runtime, debug=debug, distributed=distributed, core=core, device=lambda: torch.device('cpu'), sync=lambda: None)
+    tx = ns(runtime=runtime, debug=debug, distributed=distributed, core=core, device=lambda: torch.device('cpu'), sync=lambda: None,
+            __spec__=ModuleSpec('torch_xla', None)) # PyTorch 2.6 asks for it
     for k,v in {'':tx, '.runtime':runtime, '.debug':debug, '.debug.metrics':metrics, '.distributed':distributed, '.distributed.spmd':spmd}.items():
         monkeypatch.setitem(sys.modules, f'torch_xla{k}', v)
     return shared
