@@ -44,7 +44,7 @@ from .report.tips import TIPS, Tip
 import fastai_tricks.train.loader_report, fastai_tricks.train.precision_report
 import fastai_tricks.models.depthwise_report, fastai_tricks.models.head
 import fastai_tricks.resize.bs_find, fastai_tricks.look.show_augs, fastai_tricks.devices.distributed, fastai_tricks.devices.tpu
-import fastai_tricks.fast.fit_fast, fastai_tricks.deploy.to_onnx
+import fastai_tricks.fast.fit_fast, fastai_tricks.deploy.to_onnx, fastai_tricks.deploy.latency
 
 # %% ../nbs/all.ipynb #e7ea28c6
 _all_ = [
