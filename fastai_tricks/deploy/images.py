@@ -29,10 +29,12 @@ class RawImages:
     ):
         self.dl,self.idxs = dl,[i for i in idxs if self._opens(dl.dataset, i)]
         check_arg(self.idxs, 'learn.dls', f'{plural(len(idxs), "image")} that cannot be opened', 'loaders with images')
+        kind = self[0]
+        check_arg(isinstance(kind, PILModule.Image), 'learn.dls', f'an input {type(kind).__name__}', 'loaders whose input is an image')
 
     @staticmethod
     def _opens(ds, i):
-        try: return ds[i][0].load() or True
+        try: return getattr(ds[i][0], 'load', noop)() or True
         except (OSError,SyntaxError,ValueError) as e: return warn(f'item {i} was not used: {e}')
 
     def __len__(self): return len(self.idxs)
@@ -74,6 +76,7 @@ def images_of(
 )->RawImages:
     "Take some images; of a Learner that has none, as from `load_learner`, clouds"
     dl = learn.dls[0 if train else 1]
+    check_arg(isinstance(dl, TfmdDL), 'learn.dls', f'a {type(dl).__name__}', "loaders of fastai's, made of a DataBlock or Datasets")
     have = n_items(dl) or 0
     if have: return RawImages(dl, spread(have, n))
     return RawImages(learn.dls.test_dl(clouds(n), num_workers=0), range(n))

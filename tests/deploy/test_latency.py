@@ -1,11 +1,8 @@
 "`latency_report` times what it says, scores each file, and leaves the Learner as it was"
-import math, sys
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.callback.core import Callback
-import fastai_tricks.all as ft
+import fastai_tricks.all # noqa: F401 - patches Learner
 from fastai_tricks.deploy.latency import LatencyReport, pareto
-from test_to_onnx import learner, loaders, photos # noqa: F401 - a fixture
+from deployed import learner, loaders
 
 pytest.importorskip('onnxruntime')
 WAYS = ['network','predict','get_preds','torch.export','onnx fp32','onnx int8']
@@ -13,7 +10,7 @@ WAYS = ['network','predict','get_preds','torch.export','onnx fp32','onnx int8']
 @pytest.mark.parametrize('ms,score,best', [([3,1,2,2],[.9,.5,.4,.8],[1,3,0]), ([1,2],[.5,.5],[0]), ([1],[0.],[0]), ([2,1],[.1,.9],[1])])
 def test_pareto(ms, score, best): assert pareto(ms, score)==best
 
-def test_report(photos, tmp_path, capsys): # noqa: F811
+def test_report(photos, tmp_path, capsys):
     learn = learner(loaders(photos), path=tmp_path)
     learn.fit(1)
     model,opt,threads = learn.model,learn.opt,torch.get_num_threads()
@@ -30,17 +27,17 @@ def test_report(photos, tmp_path, capsys): # noqa: F811
     assert sorted(f.name for f in (tmp_path/'kept').iterdir())==sorted(f'{n}{e}' for n in ('dense','depthwise') for e in ('.pt2','_fp32.onnx','_int8.onnx'))
     for _,row in r.df[r.df['way']=='onnx fp32'].iterrows():
         assert row['MB']==pytest.approx((tmp_path/'kept'/f"{row['network']}_fp32.onnx").stat().st_size/1e6)
-    ax = r.plot()
+    r.plot()
     assert 'times as fast' in capsys.readouterr().out and 'onnx int8' in r._repr_html_()
 
-def test_a_converted_learner_of_ones_own(photos, tmp_path): # noqa: F811
+def test_a_converted_learner_of_ones_own(photos, tmp_path):
     learn,other = learner(loaders(photos), path=tmp_path),learner(loaders(photos), path=tmp_path)
     other.to_depthwise(n=8)
     r = learn.latency_report(depthwise=other, bs=[1], n_valid=4, calibrate=2, turns=1)
     p = [o.get_preds(dl=o.dls.valid)[0] for o in (learn, other)]
     assert not torch.allclose(*p) and list(r.df['network'].unique())==['dense','depthwise']
 
-def test_the_learner_has_its_network_again_after_an_error(photos, tmp_path, monkeypatch): # noqa: F811
+def test_the_learner_has_its_network_again_after_an_error(photos, tmp_path, monkeypatch):
     learn = learner(loaders(photos), path=tmp_path)
     model = learn.model
     def fails(*args): raise RuntimeError('stop')
@@ -56,5 +53,5 @@ def test_verdict():
     LatencyReport(df, 'accuracy', 10, (64,64)).plot()
 
 @pytest.mark.parametrize('kwargs', [dict(bs=[0]), dict(n_valid=0), dict(calibrate=0), dict(turns=1.5)])
-def test_wrong_arguments(kwargs, photos, tmp_path): # noqa: F811
+def test_wrong_arguments(kwargs, photos, tmp_path):
     with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be a positive integer'): learner(loaders(photos), path=tmp_path).latency_report(**kwargs)

@@ -2,9 +2,9 @@
 import json, sys
 from pathlib import Path
 import numpy as np, pytest, timm, torch
-from PIL import Image
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.transforms import IndexSplitter, Normalize, parent_label
 from fastai.learner import Learner, load_learner
@@ -19,34 +19,10 @@ import fastai_tricks.all as ft
 from fastai_tricks.deploy.file import open_onnx
 from fastai_tricks.deploy.to_onnx import CannotExport, file_predictions
 sys.path.append(str(Path(__file__).parents[1]))
+from deployed import learner, loaders, Net
 from together import here, images, TRICKS, use
 
 pytest.importorskip('onnxruntime')
-SIZES = (90,70),(64,64),(41,120),(200,131)
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    d,rng = tmp_path_factory.mktemp('photos'),np.random.default_rng(0)
-    for i in range(24):
-        small = rng.integers(0, 256, (5,5,3), dtype=np.uint8)
-        f = d/'abc'[i%3]/f'{i}.jpg'
-        f.parent.mkdir(exist_ok=True)
-        Image.fromarray(small).resize(SIZES[i%4], Image.BICUBIC).save(f)
-    return sorted(d.rglob('*.jpg'))
-
-def loaders(photos, item=None, batch=(), blocks=(ImageBlock,CategoryBlock), get_y=parent_label):
-    block = DataBlock(blocks, get_y=get_y, splitter=IndexSplitter(range(0, 24, 3)), item_tfms=item or Resize(64), batch_tfms=list(batch))
-    return block.dataloaders(photos, bs=4, num_workers=0)
-
-class Net(nn.Sequential):
-    def __init__(self, c, n_in=3): super().__init__(nn.Conv2d(n_in, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, c))
-
-def learner(dls, model=None, path=None, **kwargs):
-    model = model or Net(dls.c)
-    for m in model.modules():
-        if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=.3) # Answers that differ from image to image
-    return Learner(dls, model, path=path, **kwargs)
-
 def differs(learn, file):
     "Largest difference of a file's predictions from those of `get_preds`, as a part of how far those of the validation set differ from each other"
     session,about = open_onnx(file)
@@ -206,6 +182,10 @@ def test_wrong_arguments(photos, tmp_path):
     for args,said in ((('m.pkl',), "`path` must be a file name that ends in '.onnx'"), (('m.onnx','int4'), "`precision` must be 'fp32', 'fp16' or 'int8', not 'int4'"),
                       (('m.onnx','int8',0), '`calibrate` must be a positive integer'), (('m.onnx','fp32',1,0), '`n_check` must be')):
         with pytest.raises(ValueError, match=said): learn.to_onnx(*args)
+    plain = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(8, 3, 8, 8), torch.zeros(8).long()), 4)
+    with pytest.raises(ValueError, match="loaders of fastai's"): Learner(DataLoaders(plain, plain), Net(3), loss_func=nn.CrossEntropyLoss(), path=tmp_path).to_onnx('m.onnx')
+    vectors = TfmdDL(Datasets(range(8), [[lambda i: torch.rand(4)], [lambda i: i%2]]), bs=4)
+    with pytest.raises(ValueError, match='whose input is an image'): Learner(DataLoaders(vectors, vectors), nn.Linear(4, 2), loss_func=nn.CrossEntropyLoss(), path=tmp_path).to_onnx('m.onnx')
     two = learner(loaders(photos), nn.Sequential(Net(3), Two()), tmp_path)
     with pytest.raises(ValueError, match='a network that gives a tuple'): two.to_onnx('m.onnx')
     with pytest.raises(ValueError, match='lambda'): learner(loaders(photos, [Resize(64), lambda x: x]), path=tmp_path).to_onnx('m.onnx')
