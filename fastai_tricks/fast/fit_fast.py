@@ -23,7 +23,6 @@ from .resume import fast_run
 from ..models.fit_head import has_trained_head, NoHead, trainable_head
 from ..resize.callback import image_size, ProgressiveResize
 from ..train.loader_report import tells_waiting
-from ..train.compiled import CompiledTraining
 from ..train.stopwatch import precisions
 import fastai_tricks.train.precision # noqa: F401 - for `Learner.to_mixed`
 
@@ -80,7 +79,7 @@ def fast_facts(
     facts = FastFacts(
         n=n_items(dl), bs=getattr(dl, 'bs', None), drop_last=getattr(dl, 'drop_last', False),
         tpu=next(learn.model.parameters()).device.type=='xla',
-        resized=_has(cbs, ProgressiveResize), precise=_has(cbs, (*precisions,CompiledTraining)), **_of_weights(learn))
+        resized=_has(cbs, ProgressiveResize), precise=_has(cbs, precisions), **_of_weights(learn))
     asked = replace(asked, pretrained=is_pretrained(facts, asked)[0])
     if head_epochs(facts, asked)[0]: facts = replace(facts, **_of_head(learn))
     if asked.epochs and wants_small(facts, asked): facts = replace(facts, size=image_size(learn))

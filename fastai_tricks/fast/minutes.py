@@ -23,7 +23,7 @@ from .steps import body_norms, ScoreHead, SmallFirst, TrainAll, TrainHead
 from ..models.fit_head import head_plan
 from ..resize.callback import image_size, ProgressiveResize
 from ..train.precision import timing_bs
-from ..train.stopwatch import copy_learner, precisions, Stopwatch
+from ..train.stopwatch import compiles, copy_learner, precisions, Stopwatch
 from ..train.variants import training_batch
 
 # %% ../../nbs/fast/minutes.ipynb #16744af8
@@ -80,6 +80,7 @@ def time_parts(
     step:TrainAll, # To be timed
     sides:list=(), # Small sizes to time too, pixels of the shorter side, rising
     wanted:float=1., # Seconds to spend on each part
+    cbs=(), # Callbacks of the fit to come: what they compute in is timed
     **kwargs # Passed to `step.fit`
 )->Timings:
     "Time a few steps of a training on a copy of the model"
@@ -87,11 +88,14 @@ def time_parts(
     xb = training_batch(learn, 2)[0]
     size = image_hw(xb) if any(map(is_image, xb)) else None
     bs = step.bs or batch_size(train)
-    few = timing_bs(bs, n_items(train), size, device_of(learn).type) # On a CPU an image costs the same in a small batch
+    compiled = compiles([*learn.cbs, *cbs])
+    # On a CPU an image costs the same in a small batch; what is compiled for that, is not for the batches of the training
+    few = min(bs, n_items(train) or bs) if compiled else timing_bs(bs, n_items(train), size, device_of(learn).type)
     def timed(side=None):
         watch,resize = Stopwatch(wanted),side and SmallFirst((side,), until=1.)
-        own = replace(step, epochs=1, resize=resize, bs=few if step.bs or getattr(train, 'bs', None) else None)
-        sub = copy_learner(learn, xb)
+        # Of two epochs the first one compiles, the last one is noted
+        own = replace(step, epochs=1+compiled, resize=resize, bs=few if step.bs or getattr(train, 'bs', None) else None)
+        sub = copy_learner(learn, xb, cbs)
         with sub.no_logging(), sub.no_bar(), _changed_bs(valid, few): own.fit(sub, [watch] + [OnlyTrain()]*bool(side), **kwargs)
         return watch
     with keep_loader_random(train), keep_loader_random(valid):
@@ -370,7 +374,7 @@ def plan_within(
     if isinstance(whole.resize, SmallFirst): sides = whole.resize.sizes
     elif there := whole.resize or cb: sides = sorted({min(s) for s in there.plan(image_size(learn)).sizes})
     else: sides = ()
-    timings = time_parts(learn, whole, sides, min(10, _timing_share*60*minutes), **kwargs)
+    timings = time_parts(learn, whole, sides, min(10, _timing_share*60*minutes), cbs, **kwargs)
     timings = replace(timings, closing=_closing(learn, plan.steps, cbs))
     return plan_minutes(plan, timings, minutes, now()-began, cb)
 

@@ -16,7 +16,8 @@ from fastai.callback.fp16 import MixedPrecision
 from ..core.checks import check_arg, check_keywords, is_int
 from ..core.learner import batch_size, is_training, say
 from ..core.loader import LoaderProxy
-from .variants import best_variant, many_compiled, speeds, start_trial, time_trials, training_batch, Variant
+from fastai_tricks.train.variants import (best_variant, hooked, inner_hooks, many_compiled, speeds, start_trial, time_trials,
+    training_batch, Variant)
 
 # %% ../../nbs/train/compiled.ipynb #4440e7fc
 _least = 60. # Seconds that compiling a network and its gradients takes at least; few gain more than half of a training
@@ -48,10 +49,6 @@ def compile_plan(
     return CompilePlan(saved>compiling, said)
 
 # %% ../../nbs/train/compiled.ipynb #5f4b91cc
-_hooks = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
-
-def _has_hooks(m): return any(getattr(m, k, None) for k in _hooks)
-
 class _CompiledCall:
     "Stands before a model: in training its `forward` is compiled"
     def __init__(self, model, kwargs):
@@ -60,14 +57,18 @@ class _CompiledCall:
 
     def __call__(self, *args, **kwargs):
         m = self.model
-        hooked = m.training and any(_has_hooks(o) for o in m.modules() if o is not m)
-        self.hooked = self.hooked or hooked
-        if hooked or not m.training: return m._call_impl(*args, **kwargs)
+        leave = m.training and inner_hooks(m)
+        self.hooked = self.hooked or leave
+        if leave or not m.training: return m._call_impl(*args, **kwargs)
         # Its own hooks are called round it
         vars(m)['forward'] = self.forward
         try:
             with many_compiled(): return m._call_impl(*args, **kwargs)
         finally: del vars(m)['forward']
+
+def _many_devices(learn):
+    "The loaders of `distrib_ctx` are known to fastai by their class; replicas of `DataParallel` would call the network that they are of"
+    return hasattr(learn, 'distributed_trainer') or isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1
 
 class CompiledTraining(Callback):
     "`torch.compile` for the steps of a training; what predicts is not compiled"
@@ -85,8 +86,8 @@ class CompiledTraining(Callback):
     def before_train(self):
         if not is_training(self.learn): return
         model = get_model(self.model)
-        # Who has compiled it, has it so; the loaders of `distrib_ctx` are known to fastai by their class
-        if '_compiled_call_impl' in vars(model) or 'forward' in vars(model) or hasattr(self.learn, 'distributed_trainer'): return
+        # Who has compiled it, has it so
+        if '_compiled_call_impl' in vars(model) or 'forward' in vars(model) or _many_devices(self.learn): return
         if self._call is None or self._call.model is not model: self._call = _CompiledCall(model, self.kwargs)
         self.learn.dl = LoaderProxy(self.dl, during=self._compiled)
 
@@ -103,11 +104,15 @@ class CompiledTraining(Callback):
 def check_compile(
     compile:bool|int, # As given to `to_mixed`
     device:str, # Type of the Learner's device
+    dl=(), # Its training loader
 ):
-    "Raise a ValueError unless it is True, False or a number of epochs, on a device that it is for"
+    "Raise a ValueError unless it is True, False or a number of epochs, of a loader with a length, on a device that it is for"
     check_arg(not compile or device in ('cpu','cuda'), 'compile', compile, f'False on {device}')
     ok = isinstance(compile, bool) or is_int(compile) and compile>0
     check_arg(ok, 'compile', compile, 'True, False or the epochs of the training, a positive integer')
+    if isinstance(compile, bool): return
+    try: len(dl)
+    except TypeError: check_arg(False, 'compile', compile, 'True or False with a training loader that has no length')
 
 def plan_compile(
     learn:Learner, # Its training set is read, no random state advanced
@@ -115,6 +120,7 @@ def plan_compile(
     v:Variant, # What it trains in
 )->CompilePlan:
     "Time a few steps on copies of the model, plain and compiled, where that may pay"
+    if inner_hooks(learn.model): return CompilePlan(False, hooked)
     steps,(xb,yb) = epochs*len(learn.dls.train),training_batch(learn, batch_size(learn.dls.train))
     plain = start_trial(learn, xb, yb, v, n_losses=2, guess=False)
     if plain.note: return CompilePlan(False, f'the timing failed: {plain.note}')

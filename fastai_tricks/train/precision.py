@@ -49,7 +49,7 @@ def half_dtype(
     kind = torch.device(device).type
     if kind=='cuda': return _cuda_half(device)
     if kind=='cpu': return _cpu_half()
-    if kind=='xla': return torch.bfloat16, 'XLA devices have bf16 units'
+    if kind in ('xla','tpu'): return torch.bfloat16, f'{kind.upper()} devices have bf16 units'
     return None, f'not tried on {kind}'
 
 # %% ../../nbs/train/precision.ipynb #9e8045cb
@@ -315,7 +315,7 @@ def to_mixed(self:Learner,
     check_arg(channels_last in (None,True,False), 'channels_last', channels_last, 'True, False or None')
     check_arg(again in (True,False), 'again', again, 'True or False')
     check_arg(dtype is None or _works(device_of(self), dtype), 'dtype', dtype, 'torch.float16 or None: this GPU has no bf16')
-    check_compile(compile, device_of(self).type)
+    check_compile(compile, device_of(self).type, self.dls.train)
     DeviceMixedPrecision(torch.float16, **kwargs) # A wrong argument raises before the timing
     plan = _plan(self, dtype, channels_last, again)
     self.from_mixed()

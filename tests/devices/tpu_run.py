@@ -61,6 +61,18 @@ def test_what_the_model_receives(bf16, capsys):
     assert all(p is q for p,(q,*_) in zip(learn.model.parameters(), learn.opt.all_params()))
     with pytest.raises(RuntimeError, match='to_xla'): learn.xla_report()
 
+def test_to_mixed_on_the_device_is_bf16(capsys):
+    "As on the XLA device; it does not take `to_tpu`'s bf16 away"
+    learn = make()
+    learn.to_tpu()
+    learn.to_mixed()
+    assert 'to_mixed: bf16: TPU devices have bf16 units' in capsys.readouterr().out
+    seen = []
+    learn.model[0].register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    fit(learn, 1)
+    assert {*seen}=={torch.bfloat16}
+    with pytest.raises(ValueError, match='`compile` must be False on tpu'): learn.to_mixed(compile=True)
+
 def test_losses_stay_on_the_device_until_they_are_fetched():
     learn = make(n=75)
     learn.to_tpu(bf16=False, every=3)

@@ -335,6 +335,32 @@ def test_in_the_precision_of_the_learner():
     time_parts(learn, TrainAll(1, 1e-3), wanted=.01)
     assert (torch.bfloat16,False) in seen and not any(own for _,own in seen)
 
+@pytest.mark.parametrize('of_the_fit', [False,True])
+def test_compiled_where_the_training_is(of_the_fit, clock):
+    "Compiling, which takes 100 seconds, is not a step, nor what a loader takes to start; steps are compiled for the batches of the training"
+    sizes = []
+    def backend(graph, inputs):
+        clock[0] += 100
+        def step(*args):
+            clock[0] += .1
+            sizes.extend(len(o) for o in args if isinstance(o, torch.Tensor) and o.ndim==4 and o.shape[1:]==(3,128,128))
+            return graph(*args)
+        return step
+    torch.compiler.reset()
+    learn,cb = frozen(loaders(64, size=128, bs=16)),ft.CompiledTraining(backend=backend)
+    if not of_the_fit: learn.add_cb(cb)
+    was = found(learn)
+    timings = time_parts(learn, TrainAll(1, 1e-3), wanted=.01, cbs=[cb] if of_the_fit else ())
+    same(was, found(learn))
+    assert timings.step==pytest.approx(.1) and timings.start==0 and {*sizes}=={16}
+
+def test_callbacks_of_the_fit_are_asked(monkeypatch):
+    asked,there = [],minutes_module.compiles
+    monkeypatch.setattr(minutes_module, 'compiles', lambda cbs: asked.extend(cbs) or there(()))
+    cb = ft.CompiledTraining(backend='eager')
+    frozen().fit_fast_plan(minutes=5, cbs=[cb])
+    assert cb in asked
+
 # All of it --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('bad,match', [
@@ -355,7 +381,7 @@ def test_not_where_clocks_differ(monkeypatch):
 
 def given(monkeypatch, timings, seen=None):
     "Timings of the test instead of those of the machine"
-    def parts(learn, step, sides=(), wanted=1., **kwargs):
+    def parts(learn, step, sides=(), wanted=1., cbs=(), **kwargs):
         if seen is not None: seen.append((step,list(sides),kwargs,[type(cb).__name__ for cb in learn.cbs]))
         return timings
     monkeypatch.setattr(minutes_module, 'time_parts', parts)

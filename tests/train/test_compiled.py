@@ -11,7 +11,7 @@ from fastai_tricks.core.test_utils import tiny_learner
 from fastai_tricks.fast.steps import KeepStatistics
 from fastai_tricks.train import compiled as C, precision as P
 from fastai_tricks.train.compiled import CompilePlan, compile_plan
-from fastai_tricks.train.variants import Trial
+from fastai_tricks.train.variants import hooked, start_trial, training_batch, Trial, Variant
 from steps import quiet
 
 BF16 = torch.bfloat16
@@ -138,6 +138,19 @@ def test_hooks_of_the_model_itself_are_called(graphs):
         with learn.model.register_forward_hook(lambda m,i,o: f(m.training)), quiet(learn): learn.fit(1)
     assert len(graphs)==1 and sum(seen)==2*len(learn.dls.train)
 
+def test_replicas_are_not_compiled(graphs):
+    "A replica of `DataParallel` has all attributes of the network, and would call that one in its place"
+    class TwoGPUs(nn.DataParallel):
+        def forward(self, x): return torch.cat([self.module._replicate_for_data_parallel()(o) for o in x.chunk(2)])
+    learn = tiny_learner(cbs=ft.CompiledTraining())
+    learn.model = TwoGPUs(learn.model)
+    learn.model.device_ids,learn.splitter = [0,1],trainable_params
+    with quiet(learn): learn.fit(1)
+    assert not graphs
+    learn.model.device_ids = [0]
+    with quiet(learn): learn.fit(1)
+    assert graphs
+
 def test_who_has_compiled_the_model_has_it_so(graphs):
     learn = tiny_learner()
     learn.model.compile(backend='eager')
@@ -189,6 +202,26 @@ def test_epochs_decide(epochs, plain, fast, compiling, compiled, said, monkeypat
     assert len(learn.dls.train)==3
     learn.to_mixed(BF16, compile=epochs)
     assert said in capsys.readouterr().out and hasattr(learn, 'compiled_training')==compiled
+
+def test_nothing_is_tried_where_inner_layers_have_hooks(monkeypatch, capsys):
+    "As those of fastai's U-Net: the training would not be compiled"
+    learn = tiny_learner()
+    with learn.model[0].register_forward_hook(lambda *args: None):
+        trial = start_trial(learn, *training_batch(learn, 4), Variant(compiled=True))
+        with_seconds(monkeypatch, 1., .1, 1)
+        learn.to_mixed(BF16, compile=1000)
+    assert trial.note==hooked and trial.step is None and not hasattr(learn, 'compiled_training')
+    assert f'to_mixed: not compiled: {hooked}' in capsys.readouterr().out
+
+def test_a_loader_without_length():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter([])
+    learn = tiny_learner()
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(Endless())
+    cbs = list(learn.cbs)
+    with pytest.raises(ValueError, match='`compile` must be True or False with a training loader that has no length, not 20'):
+        learn.to_mixed(BF16, compile=20)
+    assert list(learn.cbs)==cbs and hasattr(learn.to_mixed(BF16, compile=True), 'compiled_training')
 
 def test_processes_choose_nothing(monkeypatch):
     monkeypatch.setattr(P, 'num_distrib', lambda: 2)

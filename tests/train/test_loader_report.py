@@ -271,6 +271,18 @@ def test_all_layers_are_trained(monkeypatch):
     report(learn)
     assert all(p.requires_grad for sub in wants for p in sub.model.parameters()) and not all(p.requires_grad for p in learn.model.parameters())
 
+def test_compiled_where_the_training_is():
+    "What compiling takes is in none of the times"
+    taken = []
+    def backend(graph, inputs):
+        taken.append(time.sleep(2))
+        return graph.forward
+    torch.compiler.reset()
+    learn = tiny_learner(cbs=ft.CompiledTraining(backend=backend))
+    facts = report(learn).facts
+    assert taken and facts.step>20
+    assert not {'_compiled_call_impl','forward'} & vars(learn.model).keys()
+
 PAIRS = [(torch.randn(3,8,8),i%2) for i in range(32)]
 def plain_learner(train): return tiny_learner(DataLoaders(train, DataLoader(PAIRS[:8], bs=4), device=torch.device('cpu')))
 
