@@ -101,8 +101,8 @@ def time_parts(
     with keep_loader_random(train), keep_loader_random(valid):
         began,full = now(),timed()
         (start,each),(started,valid_item) = full.steady('train'),full.steady('valid')
-        # A size costs its pixels where the time is short
-        costs = [timed(s).steady('train')[1] if now()-began<10*wanted else each*(s/min(size))**2 for s in sides]
+        # A size costs its pixels where the time is short; compiled it has to be, here or in the training
+        costs = [timed(s).steady('train')[1] if compiled or now()-began<10*wanted else each*(s/min(size))**2 for s in sides]
     if valid_item: start = min(start, started)
     steps = tuple(zip([*sides, min(size or [1])], [bs*o for o in (*costs,each)]))
     mixed = max(1.5, 30*few*each) # About: thirty steps, in turns of a few hundredths of a second at least

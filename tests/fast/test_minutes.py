@@ -354,6 +354,25 @@ def test_compiled_where_the_training_is(of_the_fit, clock):
     same(was, found(learn))
     assert timings.step==pytest.approx(.1) and timings.start==0 and {*sizes}=={16}
 
+def test_all_sizes_are_compiled_before_the_plan(clock):
+    "In the training nothing is: it would take what was planned for steps"
+    compiled = []
+    def backend(graph, inputs):
+        compiled.append(graph)
+        clock[0] += 100
+        def step(*args):
+            clock[0] += .1
+            return graph(*args)
+        return step
+    torch.compiler.reset()
+    learn = frozen(loaders(64, size=64, bs=8))
+    learn.add_cb(ft.CompiledTraining(backend=backend))
+    learn.fit_fast_plan(minutes=60, pretrained=False, resize=True, bs=8)
+    n = len(compiled)
+    assert n>=2
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-3, cbs=ft.ProgressiveResize(sizes=[32], until=.6))
+    assert len(compiled)==n or len(compiled)==2*n # Before torch 2.14 each network is compiled
+
 def test_callbacks_of_the_fit_are_asked(monkeypatch):
     asked,there = [],minutes_module.compiles
     monkeypatch.setattr(minutes_module, 'compiles', lambda cbs: asked.extend(cbs) or there(()))
