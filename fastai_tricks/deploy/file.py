@@ -11,6 +11,7 @@ __all__ = ['need_onnx', 'sealed', 'is_sealed', 'NotOnnx', 'read_checked', 'open_
 import hashlib, importlib, json
 from fastai.vision.all import *
 from ..core.files import short_path, write_whole
+from .wire import check_wire, CutOff
 
 # %% ../../nbs/deploy/file.ipynb #4dc6bd8c
 def need_onnx(
@@ -41,35 +42,64 @@ def is_sealed(
 class NotOnnx(ValueError):
     "A file that is not what is asked for"
 
-_keys = 'classes','size','task','versions'
-_starts = {b'PK\x03\x04':'a zip file, such as what `learn.export` or `torch.save` writes', b'\x80':'a pickle', b'\xff\xd8\xff':'a JPEG',
+_starts = {b'PK\x03\x04':'a zip file, such as what `learn.export`, `learn.to_program` or `torch.save` writes', b'\x80':'a pickle', b'\xff\xd8\xff':'a JPEG',
            b'\x89PNG':'a PNG', b'\x1f\x8b':'a gzip file', b'<':'a text, such as a web page', b'version https':'a pointer of Git LFS'}
 
-def _what(data): return next((f': it is {what}' for start,what in _starts.items() if data.startswith(start)), '')
-
-def _outside(data):
-    "Does it ask for weights in another file?"
-    return b'external_data' in data or b'\x6a\x08location' in data or b'\x0a\x08location' in data
+def _what(head):
+    if head[8:9]==b'{': return ': it is a file of safetensors'
+    return next((f': it is {what}' for start,what in _starts.items() if head.startswith(start)), '')
 
 def read_checked(
     file:str|Path,
 )->bytes:
     "Read an ONNX file; raise `NotOnnx` where it is cut off, something else, or needs other files"
     file = Path(file)
-    if not file.is_file(): raise NotOnnx(f'{str(file)!r} is not a file')
-    data,name = file.read_bytes(),repr(str(file))
+    name = repr(str(file))
+    if not file.is_file(): raise NotOnnx(f'{name} is not a file')
+    if file.stat().st_size>=2**31: raise NotOnnx(f'{name} has more than 2 GB, which no ONNX file has')
+    try:
+        with open(file, 'rb') as f:
+            data = f.read(16)
+            if data[:1]==b'\x08': data += f.read()
+    except OSError as e: raise NotOnnx(f'{name} cannot be read: {e.strerror}') from e
     if not data: raise NotOnnx(f'{name} is empty')
     if data[:1]!=b'\x08': raise NotOnnx(f'{name} is not an ONNX file{_what(data)}')
-    if _outside(data): raise NotOnnx(f'{name} asks for weights in another file, which is refused')
-    if is_sealed(data) is False: raise NotOnnx(f'{name} was changed after it was written: its checksum does not fit')
+    ok = is_sealed(data)
+    if ok is False: raise NotOnnx(f'{name} was changed after it was written: its checksum does not fit')
+    try: check_wire(data)
+    except CutOff as e: raise NotOnnx(f'{name} is not a whole ONNX file: {e}') from e
+    except ValueError as e: raise NotOnnx(f'{name} is refused: {e}') from e
+    if ok is None: raise NotOnnx(f'{name} has no checksum at its end: it was not written by `learn.to_onnx`, or is cut off')
     return data
 
-def _read_about(session, name):
-    given = session.get_modelmeta().custom_metadata_map
-    missing = [k for k in _keys if k not in given]
+def _are(kind, o): return isinstance(o, list) and all(type(v) is kind for v in o)
+
+_outputs = dict(classes='probabilities', labels='probabilities', values='values', mask='mask')
+# What a file must say, and how; where a value is not as it must be
+_says = dict(task=lambda o: o in _outputs, classes=lambda o: _are(str, o) and len(set(o))==len(o),
+             size=lambda o: _are(int, o) and len(o)==2 and min(o)>0, versions=lambda o: isinstance(o, dict))
+_as_json = 'classes','size','versions','threshold','int8'
+
+def _read_about(given, name):
+    "What the metadata say"
+    missing = [k for k in _says if k not in given]
     if missing: raise NotOnnx(f'{name} does not say its {", ".join(missing)}: it was not written by `learn.to_onnx`')
-    try: return {k:json.loads(given[k]) if given[k][:1] in '[{"' else given[k] for k in given}
-    except ValueError as e: raise NotOnnx(f'{name} has metadata that cannot be read: {e}') from e
+    try: res = {k:json.loads(v) if k in _as_json else v for k,v in given.items()}
+    except (ValueError,RecursionError) as e: raise NotOnnx(f'{name} has metadata that cannot be read: {e}') from e
+    wrong = [k for k,ok in _says.items() if not ok(res[k])]
+    t = res.get('threshold', .5 if res['task']=='labels' else None)
+    if t is not None and not (isinstance(t, (int,float)) and 0<=t<=1): wrong.append('threshold')
+    if wrong: raise NotOnnx(f'{name} has metadata that make no sense: {wrong[0]} is {str(res.get(wrong[0]))[:60]!r}')
+    return res
+
+def _as_said(session, about):
+    "Is what goes in and comes out what the metadata say?"
+    ins,outs = session.get_inputs(),session.get_outputs()
+    if len(ins)!=1 or (ins[0].name,ins[0].type,len(ins[0].shape),ins[0].shape[-1:])!=('image','tensor(uint8)',4,[3]): return False
+    rank,task = (3 if about['task']=='mask' else 2),about['task']
+    if len(outs)!=1 or (outs[0].name,len(outs[0].shape))!=(_outputs[task],rank): return False
+    n = outs[0].shape[-1]
+    return task in ('mask','values') or n==len(about['classes'])
 
 def open_onnx(
     file:str|Path, # Written by `learn.to_onnx`
@@ -83,8 +113,11 @@ def open_onnx(
     name = repr(str(file))
     try: session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e:
-        raise NotOnnx(f'{name} cannot be opened, is it cut off? {" ".join(str(e).split())[:200]}') from e
-    return session,_read_about(session, name)
+        raise NotOnnx(f'{name} cannot be opened: {" ".join(str(e).split())[:200]}') from e
+    about = _read_about(session.get_modelmeta().custom_metadata_map, name)
+    if not _as_said(session, about):
+        raise NotOnnx(f'{name} takes or gives something else than it says: {about["task"]}, {len(about["classes"])} names of classes')
+    return session,about
 
 # %% ../../nbs/deploy/file.ipynb #dd2a937d
 def write_onnx(
