@@ -1,4 +1,4 @@
-"""`fastai-tricks report PATH --arch resnet34 --minutes 20`
+"""`fastai-tricks report PATH --arch resnet34 --minutes 20`, `fastai-tricks export model.pkl model.onnx --trust`, `fastai-tricks predict model.onnx PATH`
 
 Docs: https://fastai-tricks.github.io/fastai_tricks/cli.html.md"""
 
@@ -51,6 +51,7 @@ _above_0 = _value(float, lambda v: 0<v<math.inf, 'a number above 0')
 _count = _value(int, lambda v: v>0, 'a positive integer')
 _workers = _value(int, lambda v: v>=0, 'a non-negative integer')
 _share = _value(float, lambda v: 0<v<1, 'a fraction in (0,1)')
+_probability = _value(float, lambda v: 0<=v<=1, 'a probability in [0,1]')
 _folder = _value(Path, Path.is_dir, 'a folder')
 _file = _value(Path, Path.is_file, 'a file')
 
@@ -74,15 +75,44 @@ def _add_training(r):
     r.add_argument('--seeds', metavar='N', type=_count, default=3, help='trainings of the baseline and of each tip (default: %(default)s)')
     r.add_argument('--lr', metavar='X', type=_above_0, help="largest learning rate (default: fastai's)")
 
-def _parser():
-    p = _Parser(prog='fastai-tricks', description='Tips for computer vision, and which of them pay on your data')
-    p.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
-    r = p.add_subparsers(dest='command', required=True).add_parser('report', help='train with and without each tip for the same time')
+def _add_report(r):
     _add_data(r)
     _add_training(r)
     r.add_argument('--out', metavar='OUT', type=Path, default=Path('tips_report'),
                    help='folder of the report; run again, the same command resumes what is there (default: %(default)s)')
     r.add_argument('--restart', action='store_true', help='start over: delete the report that is in OUT')
+
+def _add_export(r):
+    r.add_argument('learner', metavar='PKL', type=Path, help='written by learn.export')
+    r.add_argument('path', metavar='ONNX', type=Path, help='file to write, that ends in .onnx')
+    r.add_argument('--trust', action='store_true', help='loading a pickle runs the code in it: say that you know who made the file')
+    r.add_argument('--precision', choices=('fp32','fp16'), default='fp32', help='of the network (default: %(default)s)')
+
+def _labels(text):
+    "Of --topk"
+    return None if text=='all' else _count(text)
+
+def _add_predict(r):
+    r.add_argument('model', metavar='ONNX', type=Path, help='written by learn.to_onnx or fastai-tricks export')
+    r.add_argument('path', metavar='PATH', type=_folder, help='folder of images, with all folders below')
+    r.add_argument('--out', metavar='CSV', type=Path, default=Path('predictions.csv'), help='file to write (default: %(default)s)')
+    r.add_argument('--sample', metavar='CSV', type=_file, help="a competition's sample: its columns, ids and order are taken")
+    r.add_argument('--corrupt', choices=('refuse','empty'), default='refuse',
+                   help='images that cannot be decoded: write nothing, or leave their cells empty (default: %(default)s)')
+    none = argparse.SUPPRESS # Not given: those of the file's kind of answer
+    r.add_argument('--topk', metavar='N', type=_labels, default=none, help='labels in a cell, the best first; all: a column of probabilities for each class')
+    r.add_argument('--sep', metavar='TEXT', default=none, help='between them (default: a space)')
+    r.add_argument('--threshold', metavar='X', type=_probability, default=none, help='labels from this probability on')
+    r.add_argument('--other', metavar='NAME', default=none, help='the label where none reaches the threshold')
+    r.add_argument('--threads', metavar='N', type=_count, help='images at a time (default: one per core)')
+
+def _parser():
+    p = _Parser(prog='fastai-tricks', description='Tips for computer vision, and which of them pay on your data')
+    p.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    commands = p.add_subparsers(dest='command', required=True)
+    _add_report(commands.add_parser('report', help='train with and without each tip for the same time'))
+    _add_export(commands.add_parser('export', help='make an ONNX file of an exported Learner'))
+    _add_predict(commands.add_parser('predict', help='predict a folder of images with an ONNX file'))
     return p
 
 # %% ../nbs/cli.ipynb #a0fd3aec
@@ -134,10 +164,13 @@ def _check_weights(a):
         file = '--weights FILE, or ' if isinstance(arch, str) else ''
         raise _Wrong('--arch', f'{e}: give {file}--scratch to train without them') from e
 
+_positional = {('export','path'):'ONNX', ('predict','path'):'PATH', ('predict','model'):'ONNX'}
+
 def _named(e, a):
     "The message of an error, with the option in the place of the argument of `tips_report`"
     m = re.match('`(\\w+)` (.*)', str(e), re.S)
     if not m: return str(e)
+    if (a.command,m[1]) in _positional: return f'argument {_positional[a.command,m[1]]}: {m[2]}'
     if m[1]=='source': return f'argument {"--csv" if a.csv else "PATH"}: {m[2]} (in {str(a.csv or a.path)!r})'
     return f'argument --{m[1]}: {m[2]}' if m[1] in vars(a) else str(e)
 
@@ -158,6 +191,28 @@ def _report(a):
     report.json['code']['data'] = code
     print(report, '', report.code, '', report.to_html(), sep='\n')
 
+def _export(a):
+    "Load, export and check"
+    if not a.trust:
+        raise _Wrong('PKL', f'loading {str(a.learner)!r} runs the code in it, as it is a pickle: give --trust if you know who made it')
+    if not a.learner.is_file(): raise _Wrong('PKL', f'must be a file, not {str(a.learner)!r}')
+    from fastai.vision.all import load_learner
+    import fastai_tricks.deploy.to_onnx # noqa: F401 - a method of Learners
+    try: learn = load_learner(a.learner)
+    except Exception as e: raise _Wrong('PKL', f'{str(a.learner)!r} cannot be loaded: {type(e).__name__}: {e}') from e
+    if not hasattr(learn, 'to_onnx'): raise _Wrong('PKL', f'{str(a.learner)!r} holds a {type(learn).__name__}, no Learner')
+    learn.to_onnx(a.path.absolute(), a.precision)
+
+def _predict(a):
+    "Predict and write"
+    from contextlib import redirect_stdout
+    from fastai_tricks.deploy.predict import predict_folder
+    cells = {k:v for k,v in vars(a).items() if k in ('topk','sep','threshold','other')}
+    with redirect_stdout(sys.stderr): # The bar
+        done = predict_folder(a.model, a.path, a.out, a.sample, a.corrupt, a.threads, sys.stderr.isatty(), **cells)
+        if done.n_bad: print(f'\n{done.corrupt}; their cells are empty')
+    print(done)
+
 def main(
     argv:list=None, # Default: those of the process
 ):
@@ -171,8 +226,12 @@ def main(
         with warnings.catch_warnings(): # Other libraries warn of each other
             warnings.simplefilter('ignore')
             from fastai_tricks.core.runs import RunInUse
-            _report(a)
+            dict(report=_report, export=_export, predict=_predict)[a.command](a)
     except (ValueError,RunInUse) as e: p.error(_named(e, a))
+    except (OSError,ImportError,KeyboardInterrupt) as e:
+        if a.command=='report': raise
+        if isinstance(e, KeyboardInterrupt): p.exit(130, f'\n{p.prog}: interrupted, nothing was written\n')
+        p.error(str(e))
     finally: logging.disable(logging.NOTSET)
 
 if __name__=='__main__' and __package__: main() # As `python -m fastai_tricks.cli`; a notebook has no package

@@ -19,7 +19,8 @@ def _varint(data, at, end):
     res = shift = 0
     while at<end and shift<70:
         b = data[at]
-        at,res,shift = at+1,res | (b & 127)<<shift,shift+7
+        res |= (b & 127)<<shift
+        at,shift = at+1,shift+7
         if b<128: return res,at
     if at>=end: raise CutOff('it is cut off')
     raise ValueError('a number of more than 64 bits')
@@ -60,22 +61,28 @@ def _text(data, span): return bytes(data[slice(*span)]).decode(errors='replace')
 def _location(data, span):
     "The file that an entry of external data names"
     pair = {f:_text(data, v) for f,v in entries(data, *span) if not isinstance(v, int)}
-    return repr(pair.get(2, '')) if pair.get(1)=='location' else None
+    return f': {pair.get(2, "")!r}' if pair.get(1)=='location' else None
+
+def _count(data, value):
+    "How many numbers sizes make, at most 2**63"
+    dims = list(itertools.islice(_dims(data, value), 100))
+    if max(dims, default=0)>=2**63: raise ValueError('weights have a negative size')
+    res = 1
+    for d in dims: res = min(res*d, 2**63)
+    return res
 
 def _check_tensor(data, start, end):
     "How many entries it has"
-    n,outside,where,count,rank = 1,False,None,0,0
+    outside,where = False,''
+    size,count = 1,0
     for field,value in entries(data, start, end):
         count += 1
         if count>_most: break
-        if field==1:
-            for d in _dims(data, value):
-                n,rank = min(n*d, 2**63),rank+1
-                if d>=2**63 or rank>100: raise ValueError('weights have a negative size, or more than 100 sizes')
-        elif field==13: outside,where = True,(None if isinstance(value, int) else _location(data, value)) or where
-        elif field==14 and value==1: outside = True
-    if outside: raise ValueError(f'it asks for weights in another file{"" if where is None else " " + where}, which is refused')
-    if n>4*(end-start): raise ValueError(f'weights claim {n if n<2**63 else "2**63 or more"} numbers in {end-start} bytes')
+        if field==1: size = min(size*_count(data, value), 2**63)
+        if field==13 or (field==14 and value==1): outside = True
+        if field==13 and not isinstance(value, int): where = _location(data, value) or where
+    if outside: raise ValueError(f'it asks for weights in another file, which is refused{where}')
+    if size>4*(end-start): raise ValueError(f'weights claim {size} numbers in {end-start} bytes')
     return count
 
 # %% ../../nbs/deploy/wire.ipynb #b55b1af5
@@ -88,7 +95,8 @@ def check_wire(
     data:bytes, # An ONNX file
 ):
     "Raise a ValueError where a file is cut off, asks for another file, or claims more numbers than it holds"
-    left,n,graphs = [('model',0,len(data),0)],0,0
+    left = [('model',0,len(data),0)] # Kind, where it begins and ends, depth
+    n = graphs = 0
     while left:
         what,start,end,depth = left.pop()
         if what=='sparse': raise ValueError('it has sparse weights, which are refused')
