@@ -1,4 +1,4 @@
-"""`fastai-tricks report PATH --arch resnet34 --minutes 20`, `fastai-tricks export model.pkl model.onnx --trust`, `fastai-tricks predict model.onnx PATH`
+"""`fastai-tricks report PATH --arch resnet34 --minutes 20`, `fastai-tricks export` and `fastai-tricks predict model.onnx PATH`
 
 Docs: https://fastai-tricks.github.io/fastai_tricks/cli.html.md"""
 
@@ -100,7 +100,8 @@ def _add_predict(r):
     r.add_argument('--corrupt', choices=('refuse','empty'), default='refuse',
                    help='images that cannot be decoded: write nothing, or leave their cells empty (default: %(default)s)')
     none = argparse.SUPPRESS # Not given: those of the file's kind of answer
-    r.add_argument('--topk', metavar='N', type=_labels, default=none, help='labels in a cell, the best first; all: a column of probabilities for each class')
+    r.add_argument('--topk', metavar='N', type=_labels, default=none,
+                   help='labels in a cell, the best first; all: a column of probabilities for each class')
     r.add_argument('--sep', metavar='TEXT', default=none, help='between them (default: a space)')
     r.add_argument('--threshold', metavar='X', type=_probability, default=none, help='labels from this probability on')
     r.add_argument('--other', metavar='NAME', default=none, help='the label where none reaches the threshold')

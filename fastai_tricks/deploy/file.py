@@ -43,7 +43,8 @@ class NotOnnx(ValueError):
     "A file that is not what is asked for"
 
 _starts = {b'PK\x03\x04':'a zip file, such as what `learn.export`, `learn.to_program` or `torch.save` writes', b'\x80':'a pickle',
-           b'\xff\xd8\xff':'a JPEG', b'\x89PNG':'a PNG', b'\x1f\x8b':'a gzip file', b'<':'a text, such as a web page', b'version https':'a pointer of Git LFS'}
+           b'\xff\xd8\xff':'a JPEG', b'\x89PNG':'a PNG', b'\x1f\x8b':'a gzip file',
+           b'<':'a text, such as a web page', b'version https':'a pointer of Git LFS'}
 
 def _what(head):
     if head[8:9]==b'{': return ': it is a file of safetensors'
