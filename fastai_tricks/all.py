@@ -9,8 +9,8 @@ __all__ = ['AlbumentationsTfm', 'albu_transforms', 'block_with', 'cached', 'resi
            'PILImageDraft', 'lite0_weights', 'sample_images', 'class_ladder', 'Distill', 'EMA', 'ChannelsLastBatch',
            'CompiledTraining', 'linear_scaled_lr', 'plot_schedule', 'zero_gamma', 'to_depthwise', 'ArchRanking',
            'rank_archs', 'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage', 'background_metrics', 'GradCAM',
-           'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission', 'tips_report', 'TipsReport', 'TIPS',
-           'Tip']
+           'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission', 'predict_folder', 'tips_report',
+           'TipsReport', 'TIPS', 'Tip']
 
 # %% ../nbs/all.ipynb #17729b5d
 # ruff: noqa: F401 - also for patches of Learner, DataBlock and DataLoaders
@@ -38,6 +38,7 @@ from .devices.xla import start_xla
 from .cv.climb import climb
 from .cv.cross_validate import cross_validate
 from .cv.submission import write_submission
+from .deploy.predict import predict_folder
 from .report.report import tips_report
 from .report.result import TipsReport
 from .report.tips import TIPS, Tip
@@ -51,5 +52,5 @@ _all_ = [
     'AlbumentationsTfm', 'albu_transforms', 'block_with', 'cached', 'resized_copies', 'CorruptImagesError', 'skip_corrupt', 'PILImageDraft',
     'lite0_weights', 'sample_images', 'class_ladder', 'Distill', 'EMA', 'ChannelsLastBatch', 'CompiledTraining', 'linear_scaled_lr',
     'plot_schedule', 'zero_gamma', 'to_depthwise', 'ArchRanking', 'rank_archs', 'DepthwiseSeparableConv', 'ProgressiveResize', 'Stage',
-    'background_metrics', 'GradCAM', 'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission', 'tips_report', 'TipsReport',
-    'TIPS', 'Tip']
+    'background_metrics', 'GradCAM', 'WatchCAM', 'start_xla', 'climb', 'cross_validate', 'write_submission',
+    'predict_folder', 'tips_report', 'TipsReport', 'TIPS', 'Tip']

@@ -211,7 +211,7 @@ def _predict(a):
     cells = {k:v for k,v in vars(a).items() if k in ('topk','sep','threshold','other')}
     with redirect_stdout(sys.stderr): # The bar
         done = predict_folder(a.model, a.path, a.out, a.sample, a.corrupt, a.threads, sys.stderr.isatty(), **cells)
-        if done.n_bad: print(f'\n{done.corrupt}; their cells are empty')
+        if done.n_bad: print(f'{done.corrupt}; their cells are empty')
     print(done)
 
 def main(

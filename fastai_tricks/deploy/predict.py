@@ -12,7 +12,7 @@ import csv
 from contextlib import closing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from PIL import Image as PILModule
 from fastai.vision.all import *
 from ..core.checks import check_arg, check_int, plural
@@ -167,6 +167,7 @@ class _Bar:
         if self.bar.last_v is None: self.bar.update(0)
         self.bar.comment = f'{i/max(time.time()-self.began, 1e-9):.3g} images/s'
         self.bar.update(i)
+        if i==self.bar.total and isinstance(self.bar, ConsoleProgressBar): print() # Else the next line is in it
 
 def _write_rows(f, plan, answers, done, bar):
     "A row as each answer comes"
@@ -193,7 +194,7 @@ def predict_folder(
     "Predict all images of a folder with an ONNX file, and write a row for each"
     check_arg(corrupt in ('refuse','empty'), 'corrupt', corrupt, "'refuse' or 'empty'")
     check_int('threads', threads, none=True)
-    out,began = Path(out),time.time()
+    out = Path(out)
     check_arg(not out.is_dir(), 'out', str(out), 'a file to write')
     check_arg(Path(path).is_dir(), 'path', str(path), 'a folder')
     session,about = open_onnx(model, threads=1)
@@ -207,6 +208,7 @@ def predict_folder(
             _write_rows(f, plan, answers, done, _Bar(len(plan.ids), progress))
         if done.n_bad and corrupt=='refuse':
             raise ValueError(f"{done.corrupt}. Nothing was written: corrupt='empty' leaves their cells empty")
+    began = time.time()
     write_whole(out, write)
     done.seconds = time.time()-began
     return done
