@@ -93,7 +93,9 @@ def read_pixels(
     try:
         if not os.path.isfile(file): raise OSError('no regular file, or a link to nothing')
         with PILModule.open(file) as im: return as_pixels(im)
-    except Exception as e: return ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+    except Exception as e:
+        said = f'{type(e).__name__}: {e}'.replace(os.fspath(file), os.path.basename(file))
+        return ' '.join(said.split())[:200]
 
 @dataclass
 class Predicted:
