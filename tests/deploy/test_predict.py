@@ -208,6 +208,12 @@ def test_memory_is_constant(fake, photos, tmp_path):
     few,many = some(20),some(320)
     assert fake.calls==343 and many<few+8, (few,many)
 
+def test_threads_are_a_few_items_ahead():
+    taken = []
+    answers = module.in_order(lambda o: -o, (taken.append(i) or i for i in range(100)), 3)
+    assert [next(answers) for _ in range(5)]==[0,-1,-2,-3,-4] and len(taken)<=5+2*3
+    answers.close()
+
 def test_a_million_names(monkeypatch):
     "Held as texts, and without a second list where all are in one folder"
     names = [f'image_{i:07}.jpg' for i in range(100_000)]
