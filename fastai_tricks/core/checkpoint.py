@@ -14,12 +14,13 @@ from .checks import check_arg
 from .files import check_writable, remove_parts, save_whole
 from .fingerprint import fingerprint
 from .learner import is_training, say
+from .plain import OnlyInTraining
 from .processes import on_main
 from .runs import check_same, Diverged, identity_record, load_saved, run_lock
 from .state import get_state, set_state, to_plain
 
 # %% ../../nbs/core/checkpoint.ipynb #71a9ccc6
-class SaveEpochs(Callback):
+class SaveEpochs(OnlyInTraining, Callback):
     "Save the state at the start of each epoch but the first; or take up a saved one there"
     order = -100 # Before anything draws a random number
     def __init__(self,
@@ -41,7 +42,7 @@ class SaveEpochs(Callback):
         if self.n==self.done and self.state: set_state(self.learn, self.state)
         if self.n>self.done: self.save(self.log)
 
-class LogEpochs(Callback):
+class LogEpochs(OnlyInTraining, Callback):
     "Note what each epoch logged; pass over the epochs that were done, with their old lines"
     order = TrackerCallback.order-1 # After `Recorder` began the line, before anyone judges it
     def __init__(self,

@@ -16,6 +16,7 @@ from copy import deepcopy
 from fastai.callback.schedule import *
 from fastai.vision.all import *
 from .checks import check_arg
+from .plain import OnlyInTraining
 from fastai.learner import replacing_yield
 from torch.utils.data import get_worker_info
 
@@ -35,12 +36,12 @@ def say(
     if learn.logger is not noop and not rank_distrib(): print(msg, flush=True)
 
 # %% ../../nbs/core/learner.ipynb #c3307e1c
-class OnlyTrain(Callback):
+class OnlyTrain(OnlyInTraining, Callback):
     "Train, but don't validate"
     def before_validate(self): raise CancelValidException()
 
 # %% ../../nbs/core/learner.ipynb #e14dcf91
-class ScoreFirst(Callback):
+class ScoreFirst(OnlyInTraining, Callback):
     "Epoch 0 only validates; the other `n_epoch-1` train as if there were no other"
     order,run_valid = 1000,False # After all that looks at the loader before an epoch
 
@@ -66,7 +67,7 @@ class ScoreFirst(Callback):
         recorder.losses.append(smooth.value)
         recorder.lrs.append(self.lr)
 
-class _Shift(Callback):
+class _Shift(OnlyInTraining, Callback):
     "The schedule of a fit with `ScoreFirst`"
     order,run_valid = TrainEvalCallback.order+1,False # Before the schedulers
     def before_train(self): self._set(0)

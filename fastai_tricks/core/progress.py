@@ -11,6 +11,7 @@ __all__ = ['Progress', 'ShowEpoch']
 from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from fastai.vision.all import *
 from .learner import is_training
+from .plain import OnlyInTraining
 from .processes import is_main
 
 # %% ../../nbs/core/progress.ipynb #629984ae
@@ -58,7 +59,7 @@ class Progress:
         self._draw(self.done)
         if self.done==len(self.costs) and isinstance(self.bar, ConsoleProgressBar) and is_main(): print()
 
-class ShowEpoch(Callback):
+class ShowEpoch(OnlyInTraining, Callback):
     "Tell the progress line which epoch is done"
     order,run_valid = 70,False
     def __init__(self,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from PIL import UnidentifiedImageError
 from torchvision.transforms.functional import pad as tvpad
 from fastai.vision.all import *
+from ..core.plain import plain_function, PlainClass
 
 # %% ../../nbs/data/draft.ipynb #3e317b92
 def draft_scale(
@@ -65,12 +66,14 @@ def _beyond(tl, sz, size):
     "How far a part goes beyond the edges of an image: at most, on each axis"
     return [max(-t, t+s-o, 0) for t,s,o in zip(tl, sz, size)]
 
-class PILImageDraft(PILImage):
+class PILImageDraft(PILImage, metaclass=PlainClass):
     "A `PILImage` that decodes a JPEG when it is asked for pixels, at the smallest scale that its resize needs"
+    plain = PILImage
     _jpeg = _opened = _name = None # The file's bytes until they are decoded, as Pillow opened them, and the name for errors
     _origin = _whole = (0,0) # Where this part begins in the picture of the file, and the size of that
 
     @classmethod
+    @plain_function(PILImage.create.__func__)
     def create(cls,
         fn:Path|str|Tensor|ndarray|bytes|Image.Image, # As `PILImage.create` takes it; `predict` looks here for what it may be given
         **kwargs
@@ -109,6 +112,11 @@ class PILImageDraft(PILImage):
             if (w,h)!=im.size: im = im.crop((x, y, x+w, y+h))
             vars(self).update({**vars(im), '_jpeg':None, '_opened':None})
         return super().load()
+
+    def __setattr__(self, name, val):
+        # fastai makes it an image of another class, which knows no drafts: `PILImage.create` of one
+        if name=='__class__': self.load()
+        super().__setattr__(name, val)
 
     def _part(self, tl, sz):
         "A part of the file, not decoded yet"

@@ -13,12 +13,12 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing.context import get_spawning_popen
 from fastprogress.fastprogress import progress_bar
 from fastai.vision.all import *
 from ..core.checks import check_arg, check_int, plural
 from ..core.files import check_writable, short_path, write_json
 from ..core.identity import transform_text
+from ..core.plain import PlainPickle
 from ..core.processes import is_main
 from ..core.runs import load_json, run_lock
 from .draft import PILImageDraft
@@ -135,7 +135,6 @@ class Kind:
         "Pixels of a part, as the transform makes them of the file"
         im = self.img_cls.create(file)
         if part.is_whole(im.size) and part.to==tuple(im.size): return as_pixels(im)
-        if hasattr(self.f, 'at_valid_size') and not self.train: return as_pixels(self.f.at_valid_size(im))
         # What is cut at random is not that of the file to the bit anyhow; drafts decode no more than they need
         if self.train and part.is_whole(im.size) and not getattr(im, 'undecoded', False): return resized(as_pixels(im), part.to, part.mode)
         to = None if part.to==part.sz else part.to
@@ -294,7 +293,7 @@ class ImageCache:
             for _ in progress_bar(pool.map(one, todo), total=len(todo), display=is_main()): pass
 
 # %% ../../nbs/data/image_cache.ipynb #f073d189
-class OpenStored(Transform):
+class OpenStored(PlainPickle, Transform):
     "Open files as `img_cls` does, with pixels from a cache"
     input_types = Path,str,Tensor,ndarray,bytes,Image.Image
 
@@ -313,10 +312,7 @@ class OpenStored(Transform):
     def name(self): return f'{self.img_cls.__name__}.create'
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
-    # A Learner that is saved opens files as ever
-    def __reduce__(self):
-        if get_spawning_popen() is None: return mk_transform,(self.img_cls.create,)
-        return object.__new__,(OpenStored,),vars(self)
+    def plain(self): return mk_transform(self.img_cls.create)
 
     def for_items(self,
         item_tfms:list, # Other ones

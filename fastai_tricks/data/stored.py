@@ -12,8 +12,10 @@ __all__ = ['Part', 'asked_parts', 'asked_part', 'sizing', 'crops_at_random', 'st
 import copyreg
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.reduction import ForkingPickler
 from torchvision.transforms.functional import pad as tvpad
 from fastai.vision.all import *
+from ..core.plain import class_in_file, PlainClass
 from .draft import reduced_span
 from .transforms import copy_tfm
 
@@ -115,7 +117,7 @@ def stored_part(
     "The part of a picture that is stored"
     albu = hasattr(f, 'smallest_crop') # Albumentations resizes masks by itself
     if f is None or albu and issubclass(img_cls, PILMask): return Part.whole(wh)
-    part = Part.whole(wh, f.valid_size(wh)) if albu else asked_part(f, wh, img_cls)
+    part = asked_part(f, wh, img_cls)
     if not (train and crops_at_random(f)): return part
     scale = _scale(f, wh, img_cls) if size is None else (size/min(wh),)*2
     # Some rounding errors must not cost a pixel
@@ -312,13 +314,15 @@ class StoredImage:
             if im is None and not stored.is_file: im = stored.open()._do_crop_pad(sz, tl, orig_sz, **kwargs)
         return super()._do_crop_pad(sz, tl, orig_sz, **kwargs) if im is None else type(self)(im)
 
-class _StoredMeta(type(PILImage)): "Of classes that are made here: saved, they are those of the images without a cache"
-def _same(o): return o
-copyreg.pickle(_StoredMeta, lambda cls: (_same, (cls.plain,)))
+class _StoredMeta(PlainClass): "Of classes that are made here: a worker process makes its own"
+copyreg.pickle(_StoredMeta, class_in_file)
+ForkingPickler.register(_StoredMeta, lambda cls: (stored_class,(cls.plain,)))
 
 @lru_cache(None)
 def stored_class(
     img_cls:type, # Such as `PILImage`
 )->type: # A subclass
     "The class of stored images that stand for those of `img_cls`"
-    return _StoredMeta(f'Stored{img_cls.__name__}', (StoredImage,img_cls), dict(plain=img_cls, __module__=__name__))
+    res = _StoredMeta(f'Stored{img_cls.__name__}', (StoredImage,img_cls), dict(plain=img_cls, __module__=__name__))
+    globals()[res.__name__] = res # Else cloudpickle would take it for one of a notebook, and write all of it
+    return res

@@ -19,6 +19,7 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.learner import _ConstantFunc
 from ..core.checks import check_arg
 from ..core.learner import is_training, peek, say, swapped
+from ..core.plain import OnlyInTraining
 from ..core.processes import from_all
 from ..core.state import crc_of, named_items
 from .tpu import has_torch_tpu
@@ -106,11 +107,10 @@ def _check_dls(dls):
     for i,o in enumerate(said): check_arg(o==said[0], 'dls', f'{o} in process {i} and {said[0]} in process 0', accepted)
 
 # %% ../../nbs/devices/distributed.ipynb #cddcd1b7
-class _Shared(Callback):
-    "Belongs to the processes at hand: a Learner that was exported has one that does nothing"
+class _Shared(OnlyInTraining, Callback):
+    "Belongs to the processes at hand"
     _undo = None
     def __init__(self, acc=None): self.acc = acc
-    def __reduce__(self): return Callback, ()
 
     def _close(self):
         if self._undo is not None: self._undo.close()
@@ -237,10 +237,9 @@ class _ShareModel(_Shared):
         self._within = False
 
 # %% ../../nbs/devices/distributed.ipynb #0b30bb00
-class _NoProgress(Callback):
+class _NoProgress(OnlyInTraining, Callback):
     "In place of `ProgressCallback`, for a `ShowGraphCallback` given to a fit"
     name,mbar = 'progress',SimpleNamespace(update_graph=noop)
-    def __reduce__(self): return Callback, ()
 
 def _accelerate():
     try: import accelerate

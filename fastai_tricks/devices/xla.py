@@ -15,6 +15,7 @@ from fastai.callback.fp16 import MixedPrecision
 from ..core.checks import check_arg, check_int
 from ..core.learner import batch_size, say, swapped
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from ..train.precision import DeviceMixedPrecision
 from .xla_parts import cut_batch, LazyLoss, move_with_opt, pad_batch, padded_size, XLAPlan
 
@@ -105,7 +106,7 @@ def _for_cores(dls, cores, device, last):
         yield
 
 # %% ../../nbs/devices/xla.ipynb #bd4d074d
-class XLACallback(Callback):
+class XLACallback(OnlyInTraining, Callback):
     "Training batches go to the cores; predictions of validation come back to the CPU, where loss and metrics see the true items only"
     name,order = 'xla',-100 # Before anything reads the batch or the prediction
     def __init__(self,
@@ -115,7 +116,6 @@ class XLACallback(Callback):
         every:int, # Steps from one fetch of the training losses to the next
         mixed:list, # `MixedPrecision` callbacks, which come back after it
     ): store_attr()
-    def __reduce__(self): return Callback, () # In an exported Learner: nothing
 
     @property
     def cores(self): return self.mesh.mesh_shape[0]
@@ -197,10 +197,9 @@ class _Held:
 
 def _held(dl): return (tuple(map(_Held, b)) for b in dl)
 
-class _XLAInput(Callback):
+class _XLAInput(OnlyInTraining, Callback):
     "Hold the loader's batches back from the device; ship those of validation when all callbacks have seen them"
     name,order = 'xla_input',80
-    def __reduce__(self): return Callback, ()
     def before_train(self): self.learn.dl = LoaderProxy(self.dl, _held)
     def before_validate(self): self.learn.dl = LoaderProxy(self.dl, _held)
     def before_batch(self):

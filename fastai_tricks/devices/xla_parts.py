@@ -10,6 +10,7 @@ __all__ = ['padded_size', 'pad_batch', 'cut_batch', 'XLAPlan', 'move_with_opt', 
 # %% ../../nbs/devices/xla_parts.ipynb #b1b939fa
 from dataclasses import dataclass
 from fastai.vision.all import *
+from ..core.plain import PlainPickle
 
 # %% ../../nbs/devices/xla_parts.ipynb #4d69e277
 def padded_size(
@@ -94,7 +95,7 @@ def move_with_opt(
     if getattr(opt, 'slow_weights', None): opt.slow_weights = opt.slow_weights.map(lambda pg: pg.map(Self.to(device)))
 
 # %% ../../nbs/devices/xla_parts.ipynb #ba4a81b5
-class LazyLoss(AvgSmoothLoss):
+class LazyLoss(PlainPickle, AvgSmoothLoss):
     "The smoothed loss, fetched from the device every few steps"
     def __init__(self,
         recorder, # The Learner's `Recorder`: its smoothed loss goes on, and its `losses` get the values that were fetched
@@ -105,7 +106,7 @@ class LazyLoss(AvgSmoothLoss):
         self.reset()
         # Before 2.8.8 fastai's has neither until the first fit
         self.count,self.val = (getattr(recorder.smooth_loss, k, getattr(self, k)) for k in ('count','val'))
-    def __reduce__(self): return AvgSmoothLoss, (self.beta,) # In an exported Learner
+    def plain(self): return AvgSmoothLoss(self.beta)
 
     def reset(self):
         super().reset()

@@ -19,6 +19,7 @@ from ..core.batch import image_hw, is_image, size_text
 from ..core.checks import check_arg, plural
 from ..core.learner import batch_size, device_of, is_training, keep_loader_random, n_items, on_tpu, OnlyTrain, say, swapped
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from .steps import body_norms, ScoreHead, SmallFirst, TrainAll, TrainHead
 from ..models.fit_head import head_plan
 from ..resize.callback import image_size, ProgressiveResize
@@ -300,7 +301,7 @@ class Pace:
         self.share = 0.
 
 # %% ../../nbs/fast/minutes.ipynb #68e36955
-class WithinTime(Callback):
+class WithinTime(OnlyInTraining, Callback):
     "Ends a training with its time: learning rate and image sizes follow the clock, and so does the length of an epoch"
     order,run_valid = 40,False # After all that put a loader of theirs in the place of fastai's, before the progress bar
     _stateattrs = ('pace','ended')

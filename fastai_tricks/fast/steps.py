@@ -17,13 +17,14 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
 from ..core.checks import plural
 from ..core.learner import kept_record, say, score_first, swapped
+from ..core.plain import OnlyInTraining
 from ..core.processes import on_main
 from ..models.fit_head import head_plan, kept_features, train_head
 from ..models.split_head import split_head
 from ..resize.callback import ProgressiveResize
 
 # %% ../../nbs/fast/steps.ipynb #90156e3e
-class KeepStatistics(Callback):
+class KeepStatistics(OnlyInTraining, Callback):
     "Batch norm of the body normalises by what it knows, and learns no statistics; weights train as ever"
     run_valid = False
     def __init__(self, head): self.head = head
@@ -31,7 +32,6 @@ class KeepStatistics(Callback):
         ours = set(self.head.modules()) if self.head is not None else ()
         for m in body_norms(self.model):
             if m not in ours: m.eval()
-    def __getstate__(self): return {**self.__dict__, 'head':None}
 
 def body_norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 

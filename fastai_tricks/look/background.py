@@ -14,6 +14,7 @@ import pandas as pd
 from fastai.vision.all import *
 from ..core.checks import check_arg, check_int
 from ..core.learner import batch_size, evaluating, item_at, items_batch, keep_loader_random, keep_random
+from ..core.plain import PlainPickle
 from .cam import check_method, GradCAM
 from .pictures import check_one_image, is_right, target_names
 
@@ -163,7 +164,7 @@ class _Look:
     "Share and pointing game of the same images at each validation, for the metrics that ask"
     learn = dl = res = None
     def __init__(self, mask, n, layer, method): store_attr()
-    # A Learner that is exported needs neither
+    # A copy needs none of them
     def __getstate__(self): return {**vars(self), 'learn':None, 'dl':None, 'res':None}
 
     def forget(self): self.dl = self.res = None
@@ -178,8 +179,9 @@ class _Look:
             self.res = df[['background_share','pointing_game']].mean().to_dict()
         return self.res
 
-class _LookMetric(Metric):
+class _LookMetric(PlainPickle, Metric):
     def __init__(self, look, name): self.look,self._name = look,name
+    def plain(self): return ValueMetric(partial(noop, float('nan')), self._name)
     def reset(self): self.look.forget()
     def accumulate(self, learn): self.look.see(learn)
     @property

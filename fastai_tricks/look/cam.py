@@ -15,6 +15,7 @@ from fastai.callback.progress import ProgressCallback
 from ..core.checks import check_arg, check_int, is_int
 from ..core.files import check_writable, write_whole
 from ..core.learner import evaluating, is_training, items_batch, keep_random
+from ..core.plain import OnlyInTraining
 from ..core.processes import is_main
 from .layer import check_layer, find_layer
 from .pictures import check_one_image, class_targets, framed, is_right, overlay, row_of, shown_images, strip_of, target_names
@@ -244,7 +245,7 @@ class _Watched(NamedTuple):
 
 def _write_png(img, file): write_whole(file, lambda tmp: img.save(tmp, 'PNG'))
 
-class WatchCAM(Callback):
+class WatchCAM(OnlyInTraining, Callback):
     "Attention maps of the same images after each epoch"
     order = ProgressCallback.order+1 # After validation, below its table
     _stateattrs = ('rows','n_epochs','images','_watched','_trained','_handle')

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, RandomSampler, TensorDataset, Weighte
 from ..core.batch import split_batch
 from ..core.checks import check_arg, check_int, plural
 from ..core.learner import evaluating, n_items, OnlyTrain, peek, say
+from ..core.plain import OnlyInTraining
 from ..core.processes import on_main
 from ..data.transforms import flips_images
 from .split_head import HeadSplit, split_head
@@ -67,7 +68,7 @@ def trainable_head(
     return split
 
 # %% ../../nbs/models/fit_head.ipynb #88d24506
-class _Gather(Callback):
+class _Gather(OnlyInTraining, Callback):
     "Takes features and targets; a batch without targets has no loss and no metrics, and features have none"
     order = 1000 # After all that put `pred` right: precision, TPU, several processes
     def __init__(self, flips=False): self.flips = flips

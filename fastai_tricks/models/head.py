@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fastai.vision.all import *
 from ..core.checks import few
 from ..core.learner import say
+from ..core.plain import as_class, PlainPickle
 from .split_head import last_layers
 
 # %% ../../nbs/models/head.ipynb #9736a73a
@@ -55,12 +56,21 @@ def _by_groups(f, x, layer, dim):
     order = torch.tensor([i for g in layer.row_groups for i in g], device=x.device).argsort()
     return res.index_select(dim, order)
 
-class GrownLinear(nn.Linear):
+def _ungrouped(layer, cls):
+    "The same layer, computed at once"
+    res = as_class(layer, cls)
+    del res.row_groups
+    return res
+
+# A layer can take the class of one whose first base is its own
+class GrownLinear(nn.Linear, PlainPickle):
     "A linear layer, computed in `row_groups`"
+    def plain(self): return _ungrouped(self, nn.Linear)
     def forward(self, x): return _by_groups(F.linear, x, self, -1)
 
-class GrownConv2d(nn.Conv2d):
+class GrownConv2d(nn.Conv2d, PlainPickle):
     "A 1×1 convolution, computed in `row_groups`"
+    def plain(self): return _ungrouped(self, nn.Conv2d)
     def forward(self, x): return _by_groups(partial(F.conv2d, stride=self.stride), x, self, 1)
 
 def _group(

@@ -9,9 +9,10 @@ __all__ = ['DepthwiseSeparableConv', 'separate', 'weight_error', 'fit_separable'
 
 # %% ../../nbs/models/separable.ipynb #5e9a0003
 from fastai.vision.all import *
+from ..core.plain import as_class, PlainPickle
 
 # %% ../../nbs/models/separable.ipynb #596f7774
-class DepthwiseSeparableConv(nn.Sequential):
+class DepthwiseSeparableConv(PlainPickle, nn.Sequential):
     "A depthwise k×k convolution, then a pointwise 1×1 one, which has the bias"
     def __init__(self,
         in_channels:int, # Channels of the input, `(bs,in_channels,h,w)`
@@ -33,6 +34,8 @@ class DepthwiseSeparableConv(nn.Sequential):
         if norm: self.norm = nn.BatchNorm2d(mid)
         self.pointwise = nn.Conv2d(mid, out_channels, 1, bias=bias)
         self.to(**where) # Before 1.0.21, timm's convolutions take neither
+
+    def plain(self): return as_class(self, nn.Sequential)
 
     @classmethod
     def like(cls,

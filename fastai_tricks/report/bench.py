@@ -14,6 +14,7 @@ from dataclasses import replace
 from fastai.vision.all import *
 from fastai.callback.data import PartialDL, WeightedDL
 from ..core.learner import keep_random
+from ..core.plain import OnlyInTraining
 from ..data.indexed import by_index, ByIndex
 from .data import ReportData
 from .plan import (affordable, Budget, check_minutes, head_passes, least_batches, least_epochs, least_seconds,
@@ -25,7 +26,7 @@ def now()->float: # Seconds since any start
     "The clock of all reports"
     return time.perf_counter()
 
-class TrainClock(Callback):
+class TrainClock(OnlyInTraining, Callback):
     "Seconds and images of training, and the score after some epochs"
     order,run_valid = 100,False # After all others, whose time counts
     def __init__(self,

@@ -18,6 +18,7 @@ from fastai.callback.training import GradientAccumulation
 from ..core.batch import as_hw, crop_batch, image_hw, resize_batch
 from ..core.checks import check_arg, check_int, is_int
 from ..core.learner import check_steps, is_training, say, trained_epochs
+from ..core.plain import OnlyInTraining
 from .loader import look_at, one_image, SmallBatches, TrainImages
 from .sizes import Growth, resize_plan, ResizePlan
 from .strength import check_strength, weaker
@@ -63,7 +64,7 @@ def _per_step(learn, bs):
     n_acc = max([cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)], default=1)
     return bs*math.ceil(n_acc/bs)
 
-class ProgressiveResize(Callback):
+class ProgressiveResize(OnlyInTraining, Callback):
     "Train on small images first, growing to full size; validation and prediction stay at full size"
     # Before `MixUp` and `CutMix`, which keep a copy of the targets, and so before `CastToTensor` and `MixedPrecision`
     order,run_valid = MixHandler.order-1,False

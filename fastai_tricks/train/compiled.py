@@ -16,6 +16,7 @@ from fastai.callback.fp16 import MixedPrecision
 from ..core.checks import check_arg, check_keywords, is_int
 from ..core.learner import batch_size, is_training, say
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from fastai_tricks.train.variants import (best_variant, hooked, inner_hooks, many_compiled, speeds, start_trial, time_trials,
     training_batch, Variant)
 
@@ -70,7 +71,7 @@ def _many_devices(learn):
     "The loaders of `distrib_ctx` are known to fastai by their class; replicas of `DataParallel` would call the network that they are of"
     return hasattr(learn, 'distributed_trainer') or isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1
 
-class CompiledTraining(Callback):
+class CompiledTraining(OnlyInTraining, Callback):
     "`torch.compile` for the steps of a training; what predicts is not compiled"
     # Behind `ProgressiveResize`, which needs fastai's own loader; before `MixedPrecision`, whose autocast goes round it
     order,run_valid = MixedPrecision.order-1,False

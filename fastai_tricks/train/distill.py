@@ -17,6 +17,7 @@ from fastai.learner import _cast_tensor
 from ..core.batch import split_batch
 from ..core.checks import check_arg, few
 from ..core.learner import evaluating, keep_random, peek
+from ..core.plain import OnlyInTraining
 
 # %% ../../nbs/train/distill.ipynb #5859dd0a
 def soft_loss(
@@ -74,7 +75,7 @@ def _check_same(mine, theirs, features):
 
 def _is_number(o, least=0, most=math.inf): return isinstance(o, (int,float)) and least<=o<=most
 
-class Distill(Callback):
+class Distill(OnlyInTraining, Callback):
     "Learn from labels and from what a teacher sees in the same batch"
     run_valid = False
     order = GradientAccumulation.order-1 # The loss is complete before anything scales it
@@ -95,7 +96,6 @@ class Distill(Callback):
         self.features = dict(features) if isinstance(features, dict) else {n:n for n in L(features)}
         self._grabs = []
 
-    def __getstate__(self): return {**self.__dict__, 'teacher':None, '_grabs':[]} # `export` leaves the teacher out
     def __deepcopy__(self, memo):
         res = copy(self)
         res.teacher,res._grabs = self.teacher,[]
@@ -104,7 +104,6 @@ class Distill(Callback):
     def before_fit(self): self._ready = False # Validation and prediction come here too
     def before_train(self):
         if self._ready: return
-        if self.teacher is None: raise ValueError('`teacher` was not exported with the Learner: add `Distill(teacher)` again')
         self._drop()
         shared = {id(m) for m in self.teacher.modules()} & {id(m) for m in self.model.modules()}
         check_arg(not shared, 'teacher', type(self.teacher).__name__, "a network of its own: it shares layers with the Learner's model")

@@ -17,6 +17,7 @@ from fastai.callback.training import GradientAccumulation
 from ..core.checks import check_arg
 from ..core.learner import batch_size, is_training, say, trained_epochs
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 
 # %% ../../nbs/train/ema.ipynb #5e0a0008
 def decay_at(
@@ -64,11 +65,11 @@ def load_tensors(
     for k,t in all_tensors(model).items(): t.copy_(tensors[k])
 
 # %% ../../nbs/train/ema.ipynb #5e0a000f
-class EMA(Callback):
+class EMA(OnlyInTraining, Callback):
     "Average the weights over the steps; validate, and end, with the average"
     # Before `SaveModelCallback` loads its best at the end; it saves while the weights that were validated are in place
     order,run_valid = TrackerCallback.order-2,False
-    _stateattrs = ('averages','raw','n_averaged','_skipped') # Not pickled: a Learner that was loaded has those of the class
+    _stateattrs = ('averages','raw','n_averaged','_skipped') # Of the fit under way
     averages = raw = None # `raw`: the model's own weights while it has the average
     n_averaged,_skipped = 0,False
 

@@ -20,6 +20,7 @@ from ..core.batch import image_hw, is_image, split_batch
 from ..core.checks import check_arg, plural
 from ..core.learner import batch_size, check_steps, device_of, keep_loader_random, n_items, on_tpu, OnlyTrain, say, swapped
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from ..core.timing import seconds_of
 from ..data.cache import opens_at
 from ..data.copies import copy_size
@@ -160,7 +161,7 @@ def _as_workers_give(dl):
     def finish(b): return pipe(b if device is None else to_device(b, device))
     with _begun(dl), swapped(dl, 'after_batch', noop), swapped(dl, '_device', None): yield finish
 
-class _Gives(Callback):
+class _Gives(OnlyInTraining, Callback):
     "Trains on other batches"
     order = Stopwatch.order
     def __init__(self, batches): self.batches = batches

@@ -23,6 +23,7 @@ from ..core.files import write_json
 from ..core.fingerprint import fingerprint
 from ..core.learner import batch_size, device_of, keep_random, n_items, peek, say
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from ..core.runs import load_json, run_lock
 from ..core.timing import work_clock
 from .compiled import check_compile, CompiledTraining, CompilePlan, plan_compile
@@ -77,7 +78,7 @@ class _UnderAutocast:
 def _works(device, dtype): return not (device.type=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported())
 
 @delegates(GradScaler, but=['device','enabled'])
-class DeviceMixedPrecision(MixedPrecision):
+class DeviceMixedPrecision(OnlyInTraining, MixedPrecision):
     "fastai's `MixedPrecision` on the device that the model is on: CUDA, CPU, XLA"
     name = 'mixed_precision' # By which fastai knows it: `load_learner` leaves it out on a CPU
     _stateattrs = ('autocast','scales','_under','_within')
@@ -127,7 +128,7 @@ class DeviceMixedPrecision(MixedPrecision):
         self._under = None
 
 # %% ../../nbs/train/precision.ipynb #70eccac0
-class ChannelsLastBatch(ChannelsLast):
+class ChannelsLastBatch(OnlyInTraining, ChannelsLast):
     "fastai's `ChannelsLast`, for the batch too"
     name = 'channels_last' # By which fastai knows it
     def before_batch(self): self.learn.xb = images_channels_last(self.xb)

@@ -17,6 +17,7 @@ from numbers import Real
 import pandas as pd
 from fastai.vision.all import *
 from ..core.checks import check_arg, check_int, is_int
+from ..core.plain import OnlyInTraining
 
 # %% ../../nbs/train/schedule.ipynb #71b50022
 def _is_warmup(o):
@@ -84,7 +85,7 @@ def warmup_cos(
     return lr*.5*(1+math.cos(math.pi*max(start-share, 0.)/(1-share)))
 
 # %% ../../nbs/train/schedule.ipynb #f42e5188
-class _WarmupCos(ParamScheduler):
+class _WarmupCos(OnlyInTraining, ParamScheduler):
     "`warmup_cos`, which asks where a batch ends as well as where it begins"
     def __init__(self, share, lr): super().__init__({'lr':partial(warmup_cos, share=share, lr=lr)})
     def before_batch(self): self._update_val((self.pct_train, self.pct_train + 1/(self.n_iter*self.n_epoch)))
@@ -176,7 +177,7 @@ def _state_kept(learn, keep):
     yield
     for p,o in state.items(): opt.state[p] = o
 
-class FineTunePart(Callback):
+class FineTunePart(OnlyInTraining, Callback):
     "Says to other callbacks which part of a fine-tuning runs"
     run_valid = False
     def __init__(self,

@@ -18,6 +18,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from ..core.learner import copy_model, device_of
 from ..core.loader import LoaderProxy
+from ..core.plain import OnlyInTraining
 from .compiled import CompiledTraining
 
 # %% ../../nbs/train/stopwatch.ipynb #98fd1363
@@ -95,7 +96,7 @@ def timed(
         yield finish(b)
         laps.add(find_bs(b), waited, now()-began)
 
-class Stopwatch(Callback):
+class Stopwatch(OnlyInTraining, Callback):
     "Notes what each batch takes, loader included, and ends training and validation after some seconds"
     order = 40 # After all that put a loader of theirs in the place of fastai's, before the progress bar
     def __init__(self,
@@ -116,7 +117,7 @@ class Stopwatch(Callback):
         self.laps[what] = Laps()
         yield from timed(iter(dl), self.laps[what], self.wanted, 2+n_workers(dl))
 
-class WaitClock(Callback):
+class WaitClock(OnlyInTraining, Callback):
     "Adds up how long a training waits for its batches"
     order,run_valid = Stopwatch.order-1,False # Within what keeps the time of a step
     def __init__(self):

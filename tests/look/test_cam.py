@@ -483,7 +483,7 @@ def test_watch_is_exported_without_pictures(tmp_path):
     learn.path = tmp_path
     learn.export()
     loaded = load_learner(tmp_path/'export.pkl')
-    assert loaded.watch_cam.n==2 and not loaded.watch_cam.rows and len(learn.watch_cam.rows)==1
+    assert type(loaded.watch_cam) is Callback and len(learn.watch_cam.rows)==1
 
 class SkipSecond(Callback):
     def before_epoch(self):
