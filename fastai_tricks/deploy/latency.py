@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from ..core.checks import check_arg, check_int
 from ..core.learner import n_items, say
 from ..core.progress import Progress
-from ..core.timing import interleaved
+from ..core.timing import interleaved, work_clock
 from .file import need_onnx, open_onnx, write_onnx
 from .images import as_pixels, images_of
 from .int8 import answer_score, calibration_images, nearest_int8
@@ -99,7 +99,7 @@ class LatencyReport:
             ax.annotate(row['way'], (row[k], row[self.measure]), xytext=(3,5), textcoords='offset points', fontsize=8, rotation=50)
         front = df.loc[pareto(df[k].tolist(), df[self.measure].tolist())]
         ax.plot(front[k], front[self.measure], color='grey', lw=1, zorder=0)
-        ax.set(xscale='log', xlabel='ms per image at batch 1, one thread', ylabel=self.measure)
+        ax.set(xscale='log', xlabel='CPU ms per image at batch 1, one thread', ylabel=self.measure)
         ticks = [t for t in (.5,1,2,5,10,20,50,100,200,500) if df[k].min()*.8<=t<=df[k].max()*1.2]
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
         ax.minorticks_off()
@@ -178,7 +178,7 @@ def _times(ways, bs, turns):
     calls = {i:f for i,w in enumerate(ways) if (f := w.calls(bs)) is not None}
     with torch.no_grad():
         for f in calls.values(): f()
-        times = interleaved(list(calls.values()), turns)
+        times = interleaved(list(calls.values()), turns, clock=work_clock(torch.device('cpu')))
     return {i:[1e3*t/bs for t in ts] for i,ts in zip(calls, times)}
 
 def _table(ways, sizes, turns, measure, bar):
