@@ -224,10 +224,13 @@ class AlbumentationsTfm(ItemTransform, PlainPickle):
     def __getstate__(self): return {**vars(self), '_made':{}, '_rngs':None}
 
     def plain(self):
-        res = self._equal() if self.valid_aug is None or 'scaled' not in vars(self) else None # Not of points and boxes
+        res = self.equal() if self.valid_aug is None or 'scaled' not in vars(self) else None # Not of points and boxes
         if is_main(): print(_saved_text(self.train_aug, self.valid_aug, res), flush=True)
         return self if res is None else res
-    def _equal(self): return fastai_equal(self.valid_aug)
+
+    def equal(self)->Transform: # None where there is none
+        "The transform of fastai that does the same in validation"
+        return fastai_equal(self.valid_aug)
 
     # Not `encodes`: which of the two is asked for is told here
     def __call__(self, o, split_idx=None, **kwargs):
@@ -383,7 +386,7 @@ class _PhotoTfm(AlbumentationsTfm):
         if not split_idx or has_points: return super().__call__(o, split_idx, **kwargs)
         # As an exported Learner, which may be without albumentations
         return self.resize(tuple(map(_in_colours, o)) if isinstance(o, tuple) else _in_colours(o), split_idx=1)
-    def _equal(self): return self.resize
+    def equal(self): return self.resize
     def _new(self, **kwargs):
         res = type(self)(replace(self.augs, **kwargs))
         res.scaled = self.scaled

@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from ..core.batch import as_hw
 from ..core.checks import check_arg
 from ..cv.predictions import torch_activation
+from ..data.augment import AlbumentationsTfm
 
 # %% ../../nbs/deploy/plan.ipynb #e283b4c8
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def item_steps(
     f, # Item transform
 )->tuple: # `Step`s; empty where it does nothing in validation; None where it is not known
     "What an item transform does to the size of an image in validation"
+    if isinstance(f, AlbumentationsTfm): f = f.equal()
     if type(f) is Resize: return Step(f.method, _hw(f), f.pad_mode, _filter(f)),
     if type(f) is RandomResizedCrop:
         more = math.ceil(max(f.size)*f.val_xtra/8)*8
@@ -49,7 +51,7 @@ def item_steps(
         return (larger,Step('cut', _hw(f))) if more else (larger,)
     if type(f) is CropPad: return Step('cut', _hw(f), f.pad_mode),
     if type(f) is RandomCrop: return Step('cut', _hw(f)),
-    if isinstance(f, _of_targets) or getattr(f, 'split_idx', None)==0: return ()
+    if isinstance(f, _of_targets) or type(f) is Transform or getattr(f, 'split_idx', None)==0: return ()
 
 # %% ../../nbs/deploy/plan.ipynb #b1ef6a28
 @dataclass(frozen=True)
