@@ -43,6 +43,18 @@ def ratios(df):
     return {f"{r['network']} {r['way']}": base['ms, batch 1']/r['ms, batch 1'] for _, r in df.iterrows()}
 
 
+def summary(res):
+    "By network that was converted: how many times as fast as the dense network in PyTorch, over the runs, and the score"
+    out = {}
+    for name in {r['converted']: 1 for r in res}:
+        each = [r for r in res if r['converted']==name]
+        for k in each[0]['ratios']:
+            rs = [r['ratios'][k] for r in each if r['ratios'][k]==r['ratios'][k]]
+            row = next(o for o in each[0]['rows'] if f"{o['network']} {o['way']}"==k)
+            if rs: out[f'{name}: {k}'] = dict(median=statistics.median(rs), min=min(rs), max=max(rs), n=len(rs), score=row.get('accuracy'), mb=row['MB'])
+    return out
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--name', default='sample')
@@ -51,6 +63,7 @@ def main():
     p.add_argument('--size', type=int)
     p.add_argument('--n-valid', type=int, default=500)
     p.add_argument('--turns', type=int, default=15)
+    p.add_argument('--calibrate', type=int, default=128)
     p.add_argument('--runs', type=int, default=3)
     p.add_argument('--out', default=str(Path(__file__).parent))
     args = p.parse_args()
@@ -66,16 +79,12 @@ def main():
     res = []
     for run in range(args.runs):
         for name, depthwise in convert.items():
-            report = learn.latency_report(depthwise=depthwise, n_valid=args.n_valid, turns=args.turns)
+            report = learn.latency_report(depthwise=depthwise, n_valid=args.n_valid, calibrate=args.calibrate, turns=args.turns)
             rows = report.df.astype(object).where(report.df.notna(), None).to_dict('records')
             res.append(dict(run=run, converted=name, size=report.size, n=report.n, ratios=ratios(report.df), rows=rows))
             print(report.df.to_string(), flush=True)
-    for name in convert:
-        each = [r['ratios'] for r in res if r['converted']==name]
-        for k in each[0]:
-            rs = [o[k] for o in each if o.get(k)==o.get(k)]
-            if rs: print(f'{name}, {k}: {statistics.median(rs):.2f} times as fast ({min(rs):.2f} to {max(rs):.2f})')
-    write_results(Path(args.out)/f'latency_{args.name}.json', dict(environment=environment(), settings=vars(args), results=res))
+            write_results(Path(args.out)/f'latency_{args.name}.json', dict(environment=environment('onnx', 'onnxruntime', 'onnxscript'), settings=vars(args), summary=summary(res), results=res))
+    for k, v in summary(res).items(): print(f"{k}: {v['median']:.2f} times as fast ({v['min']:.2f} to {v['max']:.2f}), {v['score']:.3f}")
 
 
 if __name__=='__main__': main()
