@@ -6,7 +6,7 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/deploy/to_onnx.html.md"""
 
 # %% auto #0
 __all__ = ['plainly', 'expected_predictions', 'CannotExport', 'exported_program', 'onnx_proto', 'Agreement', 'agreement',
-           'file_predictions', 'about_file', 'ToExport']
+           'file_predictions', 'about_file', 'check_torch', 'ToExport']
 
 # %% ../../nbs/deploy/to_onnx.ipynb #f51a5036
 import json
@@ -183,12 +183,18 @@ def about_file(
     if plan.threshold is not None: known['threshold'] = plan.threshold
     return {**known, 'versions':{'fastai_tricks':__version__, **versions}}
 
+def check_torch():
+    "Raise a RuntimeError where torch is older than those that were tried: 2.6 fails at sizes that are not known"
+    have = tuple(map(int, torch.__version__.split('.')[:2]))
+    if have<(2,10): raise RuntimeError(f'an export needs torch 2.10 or later, not {torch.__version__}: pip install -U torch torchvision')
+
 class ToExport:
     "Learners of one kind, their networks, and what they answer"
     def __init__(self,
         learners:list, # Of one kind of data
         n_check:int=32, # Images to check on, at most
     ):
+        check_torch()
         self.learn = learn = learners[0]
         self.images = images_of(learn, n_check)
         dl = self.images.loader

@@ -1,5 +1,5 @@
 "What a Learner of any kind predicts, its ONNX file predicts too; what cannot be exported says so and leaves no file"
-import json, sys
+import json, re, sys
 from pathlib import Path
 import numpy as np, pytest, timm, torch
 from torch import nn
@@ -17,7 +17,7 @@ from fastai.vision.learner import unet_learner, vision_learner
 from torchvision.models import resnet18
 import fastai_tricks.all as ft
 from fastai_tricks.deploy.file import open_onnx
-from fastai_tricks.deploy.to_onnx import CannotExport, file_predictions
+from fastai_tricks.deploy.to_onnx import CannotExport, check_torch, file_predictions
 sys.path.append(str(Path(__file__).parents[1]))
 from deployed import learner, loaders, Net
 from together import here, images, TRICKS, use
@@ -194,3 +194,9 @@ def test_wrong_arguments(photos, tmp_path):
 def test_nothing_of_this_machine_is_in_the_file(photos, tmp_path):
     data = learner(loaders(photos), path=tmp_path).to_onnx('m.onnx').read_bytes()
     assert b'.py' not in data and str(Path(__file__).parents[2]).encode() not in data and str(tmp_path).encode() not in data
+
+@pytest.mark.parametrize('version,fine', [('2.6.0+cu124',False), ('2.9.1',False), ('2.10.0',True), ('2.14.1+cpu',True), ('3.0.0a0',True)])
+def test_older_torch_is_named(version, fine, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', version)
+    if fine: return check_torch()
+    with pytest.raises(RuntimeError, match=f'needs torch 2.10 or later, not {re.escape(version)}'): check_torch()
