@@ -6,7 +6,6 @@
 With weights the network is timm's `resnet18` trained on the classes of `--data`, which has `calib/` and `val/`; without them lite0, whose head is
 fitted to a folder with a folder a class. Without data: the embedded pictures."""
 import argparse, statistics
-from copy import deepcopy
 from pathlib import Path
 
 import timm, torch
@@ -70,12 +69,7 @@ def main():
     torch.set_num_threads(1)
     set_seed(0)
     learn = trained(args) if args.weights else fitted(args)
-    convert = {'faster': True}
-    if args.weights:
-        other = deepcopy(learn)
-        other.to_depthwise()
-        convert['all'] = other
-    else: convert = {'none': False} # lite0 has depthwise convolutions
+    convert = {'faster': True} if args.weights else {'none': False} # lite0 has depthwise convolutions
     res = []
     for run in range(args.runs):
         for name, depthwise in convert.items():

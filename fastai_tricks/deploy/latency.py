@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from fastai.vision.all import *
 from ..core.checks import check_arg, check_int
-from ..core.learner import n_items, say
+from ..core.learner import n_items, say, swapped
 from ..core.progress import Progress
 from ..core.timing import interleaved, work_clock
 from .file import need_onnx, open_onnx, write_onnx
@@ -112,11 +112,17 @@ class _Timed(ToExport):
     "A network, in all its forms"
     def __init__(self, learn, name, n_valid):
         super().__init__([learn])
-        self.name,self.valid = name,images_of(learn, n_valid)
+        self.name,self.model = name,learn.model # While others are timed, the Learner may have another
+        self.valid = images_of(learn, n_valid)
         self.targs = self.valid.targets(learn.dls)
 
     def _preds(self):
         with plainly(self.learn): return to_cpu(self.learn.get_preds(dl=self.valid.loader)[0]).as_subclass(Tensor).float().numpy()
+
+    def _own(self, f):
+        def call():
+            with swapped(self.learn, 'model', self.model): return f()
+        return call
 
     def of_torch(self):
         "The Learner, the network alone and the program of PyTorch"
@@ -128,7 +134,7 @@ class _Timed(ToExport):
             xs = x.repeat(bs, 1, 1, 1)
             return lambda: whole.networks[0](xs)
         weights = sum(o.numel()*o.element_size() for o in whole.networks[0].state_dict().values())/1e6
-        mine = partial(_learner_calls, self.learn, im)
+        def mine(bs): return {k:self._own(f) for k,f in _learner_calls(self.learn, im, bs).items()}
         yield Way('network', self.name, network, score, weights)
         yield Way('predict', self.name, lambda bs: mine(bs).get('predict'), score)
         yield Way('get_preds', self.name, lambda bs: mine(bs)['get_preds'], score)

@@ -30,6 +30,21 @@ def test_report(photos, tmp_path, capsys):
     r.plot()
     assert 'times as fast' in capsys.readouterr().out and 'onnx int8' in r._repr_html_()
 
+def test_dense_and_depthwise_are_timed_each_by_itself(photos, tmp_path, monkeypatch):
+    learn,seen = learner(loaders(photos), path=tmp_path),{}
+    real = learn.model
+    def ask(ways, bs, turns):
+        for w in ways:
+            if w.name in ('predict','get_preds'):
+                def hook(m, i, key=(w.network,w.name)): seen[key] = m is real
+                hooks = [m.register_forward_pre_hook(hook) for m in (real, learn.model)]
+                w.calls(1)()
+                for h in hooks: h.remove()
+        return {}
+    monkeypatch.setattr('fastai_tricks.deploy.latency._times', ask)
+    learn.latency_report(bs=[1], n_valid=2, calibrate=2, turns=1)
+    assert seen=={('dense','predict'):True, ('dense','get_preds'):True, ('depthwise','predict'):False, ('depthwise','get_preds'):False}
+
 def test_a_converted_learner_of_ones_own(photos, tmp_path):
     learn,other = learner(loaders(photos), path=tmp_path),learner(loaders(photos), path=tmp_path)
     other.to_depthwise(n=8)
