@@ -1,5 +1,5 @@
 "Files from elsewhere that are not what they say end in one line, soon, and nothing of them runs"
-import gzip, json, os, pickle, random, resource, struct, subprocess, sys, time
+import gzip, json, os, pickle, random, struct, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image

@@ -1,5 +1,5 @@
 "A folder becomes a CSV in constant memory; what cannot be decoded is named, and nothing half-written stays"
-import csv, json, os, subprocess, sys, time, tracemalloc
+import csv, os, time, tracemalloc
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
