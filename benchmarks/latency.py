@@ -71,13 +71,15 @@ def main():
     learn = trained(args) if args.weights else fitted(args)
     convert = {'faster': True} if args.weights else {'none': False} # lite0 has depthwise convolutions
     res = []
+    settings = vars(args) | {k: Path(v).name for k, v in vars(args).items() if k in ('data', 'weights') and v}
+    del settings['out']
     for run in range(args.runs):
         for name, depthwise in convert.items():
             report = learn.latency_report(depthwise=depthwise, n_valid=args.n_valid, calibrate=args.calibrate, turns=args.turns)
             rows = report.df.astype(object).where(report.df.notna(), None).to_dict('records')
             res.append(dict(run=run, converted=name, size=report.size, n=report.n, ratios=ratios(report.df), rows=rows))
             print(report.df.to_string(), flush=True)
-            write_results(Path(args.out)/f'latency_{args.name}.json', dict(environment=environment('onnx', 'onnxruntime', 'onnxscript'), settings=vars(args), summary=summary(res), results=res))
+            write_results(Path(args.out)/f'latency_{args.name}.json', dict(environment=environment('onnx', 'onnxruntime', 'onnxscript'), settings=settings, summary=summary(res), results=res))
     for k, v in summary(res).items(): print(f"{k}: {v['median']:.2f} times as fast ({v['min']:.2f} to {v['max']:.2f}), {v['score']:.3f}")
 
 
