@@ -170,7 +170,7 @@ _positional = {('export','path'):'ONNX', ('predict','path'):'PATH', ('predict','
 def _named(e, a):
     "The message of an error, with the option in the place of the argument of `tips_report`"
     m = re.match('`(\\w+)` (.*)', str(e), re.S)
-    if not m: return str(e)
+    if not m: return str(e).replace("corrupt='empty'", '--corrupt empty')
     if (a.command,m[1]) in _positional: return f'argument {_positional[a.command,m[1]]}: {m[2]}'
     if m[1]=='source': return f'argument {"--csv" if a.csv else "PATH"}: {m[2]} (in {str(a.csv or a.path)!r})'
     return f'argument --{m[1]}: {m[2]}' if m[1] in vars(a) else str(e)

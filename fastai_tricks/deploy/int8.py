@@ -8,6 +8,8 @@ Docs: https://fastai-tricks.github.io/fastai_tricks/deploy/int8.html.md"""
 __all__ = ['quantized', 'calibration_images', 'nearest_int8', 'answer_score', 'Int8', 'to_int8']
 
 # %% ../../nbs/deploy/int8.ipynb #05c0f93f
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from PIL import Image as PILModule
 from fastai.vision.all import *
@@ -31,11 +33,12 @@ def _reader(images):
 
 @contextmanager
 def _quiet():
-    "onnxruntime advises a step that is done"
+    "onnxruntime advises a step that is done, and prints what it counts"
     import logging
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    try: yield
+    try:
+        with redirect_stdout(io.StringIO()): yield
     finally: logging.disable(before)
 
 def quantized(

@@ -66,7 +66,7 @@ def pareto(
 
 _markers = dict(dense='o', depthwise='s')
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyReport:
     "How fast each way to use a network answers, and how well"
     df:pd.DataFrame # A row for each way: milliseconds per image by batch size, MB, score
@@ -81,15 +81,19 @@ class LatencyReport:
         base = df[df['way']=='network'].iloc[0]
         others = df[~df['way'].isin(['network','predict','get_preds'])]
         best = others.loc[others[k].idxmin()]
+        name = best['way'] + f" ({best['network']})"*(df['network'].nunique()>1)
+        asked = df[(df['way']=='predict') & (df['network']==base['network'])][k]
         scores = f'{self.measure} {best[self.measure]:.3f} against {base[self.measure]:.3f}'
-        return (f"latency_report: fastest at batch 1 is {best['way']} ({best['network']}): {best[k]:.1f} ms against {base[k]:.1f} ms "
-                f'of the dense network in PyTorch ({base[k]/best[k]:.1f} times as fast), {scores}')
+        return (f'latency_report: fastest at batch 1 is {name}: {best[k]:.1f} ms, the network alone in PyTorch {base[k]:.1f} ms '
+                f'({base[k]/best[k]:.1f} times as long)' + ''.join(f', `learn.predict` {t:.1f} ms' for t in asked) + f'; {scores}')
+
+    def __repr__(self): return self.df.to_string(index=False, float_format='%.3g', na_rep='')
 
     def _repr_html_(self): return self.df.to_html(index=False, float_format='%.3g', na_rep='')
 
     def plot(self,
         ax=None, # Axes
-    ):
+    )->plt.Axes:
         "Draw the score over milliseconds at batch 1; a line joins what nothing else beats in both"
         if ax is None: ax = plt.subplots(figsize=(7,4))[1]
         k,df = self._column(),self.df
@@ -99,13 +103,15 @@ class LatencyReport:
             ax.annotate(row['way'], (row[k], row[self.measure]), xytext=(3,5), textcoords='offset points', fontsize=8, rotation=50)
         front = df.loc[pareto(df[k].tolist(), df[self.measure].tolist())]
         ax.plot(front[k], front[self.measure], color='grey', lw=1, zorder=0)
-        ax.set(xscale='log', xlabel='CPU ms per image at batch 1, one thread', ylabel=self.measure)
+        ax.set(xscale='log', xlabel='CPU ms per image at batch 1, one thread', ylabel=f'{self.measure} ({self.n} validation images)')
         ticks = [t for t in (.5,1,2,5,10,20,50,100,200,500) if df[k].min()*.8<=t<=df[k].max()*1.2]
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
         ax.minorticks_off()
         ax.margins(x=.12, y=.4)
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.02))
         if df['network'].nunique()>1: ax.legend(frameon=False)
         ax.figure.tight_layout()
+        return ax
 
 # %% ../../nbs/deploy/latency.ipynb #745043c8
 class _Timed(ToExport):

@@ -37,6 +37,9 @@ def _filter(f):
 
 _of_targets = ToTensor,AddMaskCodes,PointScaler,BBoxLabeler # Of no other use to an image
 
+# What an exported Learner has in the place of a transform for training
+def _is_empty(f): return type(f) is Transform and 'encodes' not in vars(f)
+
 def _hw(f): return tuple(map(int, f.size[::-1])) # fastai's are `(w,h)` there
 
 def item_steps(
@@ -51,7 +54,7 @@ def item_steps(
         return (larger,Step('cut', _hw(f))) if more else (larger,)
     if type(f) is CropPad: return Step('cut', _hw(f), f.pad_mode),
     if type(f) is RandomCrop: return Step('cut', _hw(f)),
-    if isinstance(f, _of_targets) or type(f) is Transform or getattr(f, 'split_idx', None)==0: return ()
+    if isinstance(f, _of_targets) or _is_empty(f) or getattr(f, 'split_idx', None)==0: return ()
 
 # %% ../../nbs/deploy/plan.ipynb #b1ef6a28
 @dataclass(frozen=True)

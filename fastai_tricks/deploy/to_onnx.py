@@ -127,7 +127,14 @@ def onnx_proto(
             raise CannotExport(f'{_layer_of(program, e)} cannot be exported to ONNX: {_first_line(_causes(e)[-1])}') from e
     prepare = [n.name for n in res.graph.node if _prepares(n)]
     _forget(res)
+    _name_axes(res)
     return res,prepare
+
+def _name_axes(proto):
+    "In place of the numbers of the exporter; shapes in between are found again by who opens the file"
+    for value,names in ((proto.graph.input[0],('batch','height','width')), (proto.graph.output[0],('batch',))):
+        for dim,name in zip(value.type.tensor_type.shape.dim, names): dim.dim_param = name
+    del proto.graph.value_info[:]
 
 def _forget(proto):
     "What the exporter noted down, among it lines of code and names of folders"

@@ -100,7 +100,7 @@ def test_after_each_trick(name, together, tmp_path):
     learn.path = tmp_path
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     session,_ = open_onnx(learn.to_onnx('m.onnx'))
-    assert session.get_inputs()[0].shape[3]==3
+    assert session.get_inputs()[0].shape==['batch','height','width',3] and session.get_outputs()[0].shape[0]=='batch'
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
 def test_loaded_learner(photos, tmp_path):

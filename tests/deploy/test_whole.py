@@ -1,6 +1,7 @@
 "What a plan makes of an image is what fastai's loaders make of it, on the lowest versions too, which have no ONNX"
 import numpy as np, pytest, torch
 from PIL import Image
+from fastai.data.transforms import Transform
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, Resize, aug_transforms
 from fastai.vision.core import PILImage
@@ -25,3 +26,6 @@ def test_batch_transforms(tfm):
     x = torch.rand(2, 3, 100, 140)
     down,across = sample_matrices(*batch_steps(tfm, (100,140)), (100,140))
     assert torch.allclose(down @ x @ across.T, tfm(TensorImage(x), split_idx=1).as_subclass(torch.Tensor), atol=1e-4)
+
+def test_only_an_empty_transform_does_nothing():
+    assert item_steps(Transform())==() and item_steps(Transform(lambda x: x)) is None
