@@ -21,6 +21,10 @@ def as_pixels(
     "Make an image a batch of one"
     return np.asarray(im.convert('RGB'))[None]
 
+def _smaller(y):
+    "Masks in a quarter of the memory"
+    return y.short() if y.ndim>2 and y.dtype==torch.int64 and abs(y).max()<2**15 else y
+
 class RawImages:
     "Images of a data set, before any transform of items"
     def __init__(self,
@@ -35,23 +39,32 @@ class RawImages:
     @staticmethod
     def _opens(ds, i):
         try: return getattr(ds[i][0], 'load', noop)() or True
-        except (OSError,SyntaxError,ValueError) as e: return warn(f'item {i} was not used: {e}')
+        except (OSError,SyntaxError,ValueError,PILModule.DecompressionBombError) as e: return warn(f'item {i} was not used: {e}')
 
     def __len__(self): return len(self.idxs)
     def __getitem__(self, i): return self.dl.dataset[self.idxs[i]][0]
     def __iter__(self): return (self[i] for i in range(len(self)))
 
+    def loader_of(self,
+        dl, # A Learner's loader, whose transforms are applied
+        part:slice=slice(None), # Of the images
+    ):
+        "Gives the same items to a Learner, through its own transforms"
+        idxs = self.idxs[part]
+        same = {} if dl is self.dl else dict(dataset=self.dl.dataset)
+        return dl.new(**same, shuffle=False, drop_last=False, num_workers=0, n=len(idxs), get_idxs=partial(list, idxs))
+
     @property
     def loader(self):
-        "Gives the same items to the Learner, in the same order"
-        return self.dl.new(shuffle=False, drop_last=False, num_workers=0, n=len(self), get_idxs=partial(list, self.idxs))
+        "Gives the same items to the Learner that they are of"
+        return self.loader_of(self.dl)
 
     def targets(self,
         dls, # `DataLoaders`
     )->np.ndarray: # `(n,...)`
         "What the images show"
-        ys = [split_batch(dls, b)[1][0] for b in self.loader]
-        return to_cpu(torch.cat(ys)).as_subclass(Tensor).numpy()
+        ys = [_smaller(to_cpu(split_batch(dls, b)[1][0]).as_subclass(Tensor)) for b in self.loader]
+        return torch.cat(ys).numpy()
 
 def spread(
     n:int, # How many there are

@@ -111,6 +111,10 @@ def answer_score(
     plan:InferencePlan,
 )->float: # Fraction of right answers, labels or pixels; of values R²
     "Score the answers of an exported network"
+    has,wants = targs.shape,preds.shape[:1] if plan.task=='classes' else preds.shape
+    fits = targs.size==preds.size if plan.task=='values' else has==wants
+    what = f'one with answers {preds.shape} for targets {has}'
+    check_arg(fits, 'learn.loss_func', what, 'a loss whose activation makes answers like its targets')
     if plan.task=='values':
         targs = targs.reshape(preds.shape)
         return float(1-((preds-targs)**2).sum()/max(((targs-targs.mean(0))**2).sum(), 1e-12))
@@ -144,11 +148,12 @@ def to_int8(
     "Quantise, and measure what it costs; raise a ValueError where that is too much"
     has = n_items(learn.dls.train) and n_items(learn.dls.valid)
     check_arg(has, 'precision', 'int8', "'fp32' or 'fp16' for a Learner without training and validation images")
-    calibration = calibration_images(plan, images_of(learn, calibrate, train=True))
-    q,method = nearest_int8(proto, prepare, plan, calibration)
     valid = images_of(learn, 2000)
     targs = valid.targets(learn.dls)
-    before,after = (answer_score(_run(o, valid), targs, plan) for o in (proto, q))
+    before = answer_score(_run(proto, valid), targs, plan)
+    calibration = calibration_images(plan, images_of(learn, calibrate, train=True))
+    q,method = nearest_int8(proto, prepare, plan, calibration)
+    after = answer_score(_run(q, valid), targs, plan)
     res = Int8(len(valid), before, after, method, 'R²' if plan.task=='values' else 'accuracy')
     say(learn, f'to_onnx: {res}')
     if res.lost>1 and not force:

@@ -19,7 +19,7 @@ from ..core.timing import interleaved, work_clock
 from .file import need_onnx, open_onnx, write_onnx
 from .images import as_pixels, images_of
 from .int8 import answer_score, calibration_images, nearest_int8
-from .to_onnx import about_file, file_predictions, onnx_proto, plainly, ToExport
+from .to_onnx import about_file, expected_predictions, file_predictions, onnx_proto, plainly, ToExport
 from ..models.depthwise import to_depthwise # noqa: F401 - patches Learner
 
 # %% ../../nbs/deploy/latency.ipynb #d88654d8
@@ -122,9 +122,6 @@ class _Timed(ToExport):
         self.valid = images_of(learn, n_valid)
         self.targs = self.valid.targets(learn.dls)
 
-    def _preds(self):
-        with plainly(self.learn): return to_cpu(self.learn.get_preds(dl=self.valid.loader)[0]).as_subclass(Tensor).float().numpy()
-
     def _own(self, f):
         def call():
             with swapped(self.learn, 'model', self.model): return f()
@@ -132,8 +129,7 @@ class _Timed(ToExport):
 
     def of_torch(self):
         "The Learner, the network alone and the program of PyTorch"
-        im,preds = self.valid[0],self._preds()
-        score = _score(preds.argmax(1) if self.plan.task=='mask' else preds, self)
+        im,score = self.valid[0],_score(expected_predictions(self.learn, self.valid, self.plan), self)
         whole = self.whole().requires_grad_(False)
         with torch.no_grad(): x = whole.prepare(torch.from_numpy(as_pixels(im).copy()))
         def network(bs):

@@ -41,6 +41,7 @@ _of_targets = ToTensor,AddMaskCodes,PointScaler,BBoxLabeler # Of no other use to
 def _is_empty(f): return type(f) is Transform and 'encodes' not in vars(f)
 
 def _hw(f): return tuple(map(int, f.size[::-1])) # fastai's are `(w,h)` there
+def _is_empty(f): return type(f) is Transform and not getattr(getattr(f, 'encodes', None), 'methods', ()) # It calls no function
 
 def item_steps(
     f, # Item transform
@@ -71,14 +72,21 @@ def _middle(f, hw):
     elif w/h>f.ratio[1]: w = int(h*f.ratio[1])
     return int(h*f.valid_scale),int(w*f.valid_scale)
 
+def _target(f):
+    "`(h,w)` of what comes out"
+    how = f'{type(f).__name__}(mode={f.mode!r})'
+    check_arg(f.mode=='bilinear', 'learn.dls', how, "loaders whose batch transforms resize with mode='bilinear'")
+    return as_hw(f.size)
+
 def batch_steps(
     f, # Batch transform
     hw:tuple, # `(h,w)` of the images it meets, pixels
 )->tuple: # `Sample`s; empty where it does nothing to the size; None where it is not known
     "What a batch transform does to the size of images in validation"
-    if type(f) is RandomResizedCropGPU: return Sample(as_hw(f.size), _middle(f, hw), True),
-    if isinstance(f, AffineCoordTfm): return () if f.size is None else (Sample(as_hw(f.size), align_corners=bool(f.align_corners)),)
-    if isinstance(f, (IntToFloatTensor,Normalize)) or getattr(f, 'split_idx', None)==0: return ()
+    if type(f) is RandomResizedCropGPU: return Sample(_target(f), _middle(f, hw), True),
+    if isinstance(f, AffineCoordTfm): return () if f.size is None else (Sample(_target(f), align_corners=bool(f.align_corners)),)
+    if isinstance(f, IntToFloatTensor): return () if f.div==255 else None
+    if isinstance(f, Normalize) or getattr(f, 'split_idx', None)==0: return ()
 
 # %% ../../nbs/deploy/plan.ipynb #3d1af97b
 _tasks = dict(softmax='classes', sigmoid='labels', none='values')
@@ -184,6 +192,6 @@ def plan_inference(
     batch_fs = _active(dl.after_batch)
     activation,classes = activation_name(learn.loss_func),_vocab(dls)
     task = _task(activation, out, classes)
-    threshold = getattr(learn.loss_func, 'thresh', .5) if task=='labels' else None
+    threshold = float(getattr(learn.loss_func, 'thresh', .5)) if task=='labels' else None
     answers = dict(activation=activation, task=task, classes=() if task=='values' else classes, threshold=threshold)
     return InferencePlan(steps, _samples(batch_fs, steps[-1].size), mode=='L', **_statistics(batch_fs), **answers)

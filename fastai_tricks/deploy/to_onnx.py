@@ -11,19 +11,19 @@ __all__ = ['plainly', 'expected_predictions', 'CannotExport', 'exported_program'
 # %% ../../nbs/deploy/to_onnx.ipynb #f51a5036
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fastai.vision.all import *
 from .. import __version__
 from ..core.batch import split_batch
 from ..core.checks import check_arg, check_int, check_keywords, plural
-from ..core.files import short_path, write_whole
-from ..core.learner import copy_model, evaluating, keep_random, peek, say
+from ..core.files import check_writable, short_path, write_whole
+from ..core.learner import copy_model, evaluating, keep_random, n_items, peek, say
 from ..cv.cross_validate import CrossValidation
 from .file import need_onnx, open_onnx, write_onnx
-from .images import as_pixels, images_of
+from .images import as_pixels, images_of, RawImages
 from .int8 import to_int8
 from .plan import InferencePlan, plan_inference
-from .whole import WholeInference
+from .whole import Renormalised, WholeInference
 from ..train.compiled import CompiledTraining
 
 # %% ../../nbs/deploy/to_onnx.ipynb #e2761400
@@ -31,19 +31,32 @@ from ..train.compiled import CompiledTraining
 def plainly(
     learn:Learner,
 ): # A context
-    "Without a bar, in fp32, and with the random states left as they are"
+    "Without a bar, in fp32, and with random states and modes left as they are"
     cbs = [cb for cb in learn.cbs if isinstance(cb, (MixedPrecision,CompiledTraining))]
-    with keep_random(), learn.no_bar(), learn.no_logging(), learn.removed_cbs(cbs): yield
+    modes = [(m,m.training) for m in learn.model.modules()]
+    try:
+        with keep_random(), learn.no_bar(), learn.no_logging(), learn.removed_cbs(cbs): yield
+    finally:
+        for m,training in modes: m.training = training
 
 def expected_predictions(
     learn:Learner,
-    dl, # Loader
+    images:RawImages,
     plan:InferencePlan,
 )->np.ndarray: # `(n,c)`; of masks the class of each pixel `(n,h,w)`
     "What `get_preds` gives, as the file has it"
+    n = 8 if plan.task=='mask' else len(images) # Probabilities of each class for each pixel take memory
+    parts = [images.loader_of(_loader(learn, images), slice(i, i+n)) for i in range(0, len(images), n)]
+    return np.concatenate([_expected(learn, dl, plan) for dl in parts])
+
+def _loader(learn, images):
+    "The Learner's own, unless it has no images"
+    return learn.dls.valid if n_items(learn.dls.valid) else images.dl
+
+def _expected(learn, dl, plan):
     missing = not hasattr(learn.loss_func, 'activation') # PyTorch's own losses have none
     act = dict(softmax=partial(F.softmax, dim=1), sigmoid=torch.sigmoid, none=noop)[plan.activation] if missing else None
-    with plainly(learn): res = learn.get_preds(dl=dl, act=act)[0]
+    with plainly(learn): res = learn.get_preds(dl=dl, act=act, reorder=False)[0]
     res = to_cpu(res).as_subclass(Tensor).float()
     return (res.argmax(1) if plan.task=='mask' else res).numpy()
 
@@ -59,8 +72,13 @@ def _network(learn, dl):
     "A copy of the network, ready to be traced, and what the network gives for a batch"
     xb = split_batch(learn.dls, peek(dl))[0]
     model = get_model(learn.model)
-    xb = to_device(xb, next(model.parameters()).device)
-    with evaluating(model): out = model(*xb)
+    model = getattr(model, '_orig_mod', model) # Of `torch.compile`
+    xb = to_device(xb, next(model.parameters(), xb[0]).device)
+    try:
+        with evaluating(model): out = model(*xb)
+    except RuntimeError as e:
+        what = f'images {tuple(xb[0].shape)} of {xb[0].dtype}, as the validation loader gives them'
+        raise ValueError(f'`learn.model` must be a network that takes {what}: {_first_line(e)}') from e
     res = _without_types(copy_model(model, *xb)).cpu().float().eval().to(memory_format=torch.contiguous_format)
     return res.requires_grad_(False),to_cpu(out)
 
@@ -136,6 +154,12 @@ def _name_axes(proto):
         for dim,name in zip(value.type.tensor_type.shape.dim, names): dim.dim_param = name
     del proto.graph.value_info[:]
 
+def _forget_lines(program):
+    "Of code, with names of folders"
+    for m in program.graph_module.modules():
+        if not isinstance(m, torch.fx.GraphModule): continue
+        for node in m.graph.nodes: node.meta.pop('stack_trace', None)
+
 def _forget(proto):
     "What the exporter noted down, among it lines of code and names of folders"
     for o in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
@@ -195,6 +219,12 @@ def check_torch():
     have = tuple(map(int, torch.__version__.split('.')[:2]))
     if have<(2,10): raise RuntimeError(f'an export needs torch 2.10 or later, not {torch.__version__}: pip install -U torch torchvision')
 
+def _for_plan(network, own, plan):
+    "A fold may have normalised by the statistics of its own first batch"
+    alike = replace(own, mean=plan.mean, std=plan.std)==plan and bool(own.mean)==bool(plan.mean)
+    check_arg(alike, 'learn', f'one of {own} and one of {plan}', 'Learners with the same transforms, classes and activation')
+    return network if (own.mean,own.std)==(plan.mean,plan.std) else Renormalised(network, plan, own)
+
 class ToExport:
     "Learners of one kind, their networks, and what they answer"
     def __init__(self,
@@ -204,12 +234,13 @@ class ToExport:
         check_torch()
         self.learn = learn = learners[0]
         self.images = images_of(learn, n_check)
-        dl = self.images.loader
-        pairs = [_network(o, dl) for o in learners]
-        self.networks = [m for m,_ in pairs]
-        self.plan = plan_inference(learn, self.images[0], pairs[0][1])
+        loaders = [self.images.loader_of(_loader(o, self.images)) for o in learners]
+        pairs = [_network(o, dl) for o,dl in zip(learners, loaders)]
+        plans = [plan_inference(o, self.images[0], out) for o,(_,out) in zip(learners, pairs)]
+        self.plan = plans[0]
+        self.networks = [_for_plan(m, p, self.plan) for (m,_),p in zip(pairs, plans)]
         check_arg(len(learners)==1 or self.plan.task!='mask', 'learn', 'an ensemble whose answers are masks', 'one Learner')
-        self.expected = sum(expected_predictions(o, dl, self.plan) for o in learners)/len(learners)
+        self.expected = sum(expected_predictions(o, self.images, p) for o,p in zip(learners, plans))/len(learners)
 
     def whole(self,
         half:bool=False, # Networks in fp16?
@@ -230,16 +261,21 @@ class ToExport:
     )->Agreement: # Raises a ValueError where the difference is larger
         "Compare predictions with those of the Learner"
         res = agreement(got, self.expected, self.plan)
-        scale = max(1., float(self.expected.std())) if self.plan.task=='values' else 1.
+        scale = _spread(self.expected) if self.plan.task=='values' else 1.
         if res.mean<=most*scale: return res
         raise ValueError(f'{short_path(path)} was not written: its predictions are not those of `get_preds` ({res}). '
                          'Is there a transform or callback that changes images or predictions?')
 
 _most = dict(fp32=.02, fp16=.05)
 
+def _spread(x):
+    "How far values differ from each other; of nearly equal ones a fifth of their size, as fp16 rounds them"
+    return max(float(x.std()), .2*float(np.sqrt((x**2).mean())), 1e-6)
+
 def _path_of(learn, path, suffix):
     res = learn.path/path
     check_arg(res.suffix==suffix and not res.is_dir(), 'path', str(path), f'a file name that ends in {suffix!r}')
+    check_writable(res.parent, 'path.parent')
     return res
 
 def _megabytes(file): return f'{file.stat().st_size/1e6:.1f} MB'
@@ -284,6 +320,7 @@ def to_onnx(self:CrossValidation,
     "Write the mean over the folds' networks to one ONNX file"
     options = dict(precision='fp32', calibrate=128, n_check=32, force=False)
     check_keywords(Learner.to_onnx, kwargs)
+    if not self.sound: raise ValueError('all folds diverged: there is no model to export')
     return _write([self.learner(k) for k in self.sound], path, **{**options, **kwargs})
 
 @patch
@@ -299,6 +336,7 @@ def to_program(self:Learner,
     say(self, f'to_program: {to.plan}')
     program,said = to.program(half),[]
     about = {k:v if isinstance(v, str) else json.dumps(v) for k,v in about_file(to.plan, 'fp16' if half else 'fp32').items()}
+    _forget_lines(program)
     def checked(tmp):
         torch.export.save(program, tmp, extra_files=about)
         module = torch.export.load(tmp).module()
