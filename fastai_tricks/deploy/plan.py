@@ -41,7 +41,6 @@ _of_targets = ToTensor,AddMaskCodes,PointScaler,BBoxLabeler # Of no other use to
 def _is_empty(f): return type(f) is Transform and 'encodes' not in vars(f)
 
 def _hw(f): return tuple(map(int, f.size[::-1])) # fastai's are `(w,h)` there
-def _is_empty(f): return type(f) is Transform and not getattr(getattr(f, 'encodes', None), 'methods', ()) # It calls no function
 
 def item_steps(
     f, # Item transform
