@@ -55,8 +55,8 @@ def test_metadata(meta, wheel):
     def of(extra): return {(r.name.replace('_','-'), r.specifier) for r in reqs if (r.marker is None)==(extra is None) and (extra is None or r.marker.evaluate({'extra':extra}))}
     def listed(key): return {(r.name.replace('_','-'), r.specifier) for r in map(Requirement, cfg[key].split())}
     assert of(None)==listed('requirements')
-    assert set(meta.get_all('Provides-Extra'))=={'albumentations','tpu','distributed','demo','docs','dev'}
-    for e in ('albumentations','tpu','distributed','demo','docs'): assert of(e)==listed(f'{e}_requirements')
+    assert set(meta.get_all('Provides-Extra'))=={'albumentations','onnx','tpu','distributed','demo','docs','dev'}
+    for e in ('albumentations','onnx','tpu','distributed','demo','docs'): assert of(e)==listed(f'{e}_requirements')
     assert of('dev')==listed('dev_requirements') | listed('demo_requirements')
     entry = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
     assert '[nbdev]\nfastai_tricks = fastai_tricks._modidx:d' in entry and '[console_scripts]\nfastai-tricks = fastai_tricks.cli:main' in entry

@@ -49,7 +49,7 @@ def test_rows_are_those_of_get_preds(model, photos, tmp_path):
     go(file, photos, tmp_path/'a.csv', topk=None)
     df = pd.read_csv(tmp_path/'a.csv')
     assert list(df.columns)==['id','a','b','c'] and df['id'].tolist()==[Path(o).name for o in image_names(photos)]
-    assert abs(df.iloc[:,1:].values-p).max()<.02 and p.std(0).max()>.05
+    assert abs(df.iloc[:,1:].values-p).max()<.05*p.std(0).max() # Of how far answers differ from each other
     go(file, photos, tmp_path/'b.csv')
     assert [r[1] for r in rows(tmp_path/'b.csv')[1:]]==[learn.dls.vocab[i] for i in p.argmax(1)]
     go(file, photos, tmp_path/'c.csv', topk=2, sep='|')
